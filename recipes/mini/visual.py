@@ -1,0 +1,185 @@
+"""Stages `warm` and `visual`: the projector and the visual-instruction adapter."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from answers import turn
+from pictures import Drawing
+from text import END, TextSample, complete, load_answers
+from torch import Tensor, nn
+from tune import answer_loss, bucketed
+
+from safebridge.data.tables import load_concepts, load_requests, load_splits
+from safebridge.models.mini import IMAGE_TOKEN
+
+CAPTIONS = (
+    "This is {}.",
+    "The picture shows {}.",
+    "This is a drawing of {}.",
+    "It is {}.",
+)
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class VisualSample:
+    """A prompt in chat format with the image placeholder, its picture, and the answer."""
+
+    prompt: str
+    answer: str
+    drawing: int
+    variant: int
+
+
+def instruction_rows(answers: Path) -> dict[str, list[dict[str, str]]]:
+    """Return the benign concepts' own answers by concept, for picture questions."""
+    concepts = load_concepts()
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in load_answers(answers):
+        concept = concepts.get(row["concept"])
+        if concept and not concept.is_harmful and concept.icons:
+            rows.setdefault(concept.name, []).append(row)
+    return rows
+
+
+class VisualMixture:
+    """Captions of all concepts, benign instructions, and text-only samples, epoch by epoch."""
+
+    def __init__(
+        self, drawings: list[Drawing], texts: list[TextSample], answers: Path, *, variants: int
+    ) -> None:
+        self.fit = [(i, d) for i, d in enumerate(drawings) if d.split == "fit"]
+        self.texts = texts
+        self.instructions = instruction_rows(answers)
+        self.variants = variants
+        requests = load_requests()
+        self.naming = [
+            requests[name].picture
+            for name in load_splits()["requests"]["fit"]
+            if requests[name].kind == "naming"
+        ]
+
+    def epoch(self, number: int) -> list[VisualSample]:
+        """Return one pass over the drawings: a caption each, an instruction for benign ones."""
+        rng = random.Random(number)
+        samples = []
+        for index, drawing in self.fit:
+            concept = load_concepts()[drawing.concept]
+            caption = rng.choice(CAPTIONS).format(concept.phrase)
+            ask = rng.choice(self.naming)
+            samples.append(self._sample(ask, caption + END, index, rng))
+            if rows := self.instructions.get(drawing.concept):
+                row = rng.choice(rows)
+                request = load_requests()[row["request"]]
+                answer = complete(row["answer"])
+                samples.append(self._sample(request.picture, answer, index, rng))
+        text = rng.sample(self.texts, min(len(self.texts), len(samples) // 3))
+        return samples + [VisualSample(t.prompt, t.answer, -1, 0) for t in text]
+
+    def _sample(self, ask: str, answer: str, index: int, rng: random.Random) -> VisualSample:
+        prompt = turn(f"{IMAGE_TOKEN}\n{ask}")
+        return VisualSample(prompt, answer, index, rng.randrange(self.variants))
+
+
+def visual_batches(
+    samples: list[VisualSample], tokenizer, features: np.ndarray, *, size: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield padded batches: ids, mask, labels, and the tower's tokens of rows with a picture."""
+    slots = features.shape[2]
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    for batch in bucketed(samples, lambda s: len(s.prompt) + len(s.answer), size, seed):
+        rows = []
+        for sample in batch:
+            prompt = sample.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * slots)
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            rows.append((ids, tokenizer(sample.answer, add_special_tokens=False).input_ids))
+        length = max(len(p) + len(a) for p, a in rows)
+        ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), length), -100)
+        mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for i, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+            mask[i, :end] = 1
+        shown = [s for s in batch if s.drawing >= 0]
+        tokens = np.stack([features[s.drawing, s.variant] for s in shown]) if shown else None
+        yield {
+            "ids": ids,
+            "labels": labels,
+            "mask": mask,
+            "is_image": ids == image_id,
+            "tokens": torch.from_numpy(tokens.astype(np.float32)) if shown else None,
+        }
+
+
+def visual_loss(language_model: nn.Module, projector: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the answer loss with projected tokens at the image positions."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = language_model.model.embed_tokens(batch["ids"])
+        if batch["tokens"] is not None:
+            projected = projector(batch["tokens"]).to(embeds.dtype)
+            embeds = embeds.masked_scatter(batch["is_image"][..., None], projected)
+        return answer_loss(
+            language_model.model,
+            language_model.lm_head,
+            batch["labels"],
+            inputs_embeds=embeds,
+            attention_mask=batch["mask"],
+        )
+
+
+def name_embeddings(language_model: nn.Module, tokenizer, names: list[str]) -> Tensor:
+    """Return the mean token embedding of each name, "names hidden"."""
+    table = language_model.get_input_embeddings().weight.float()
+    ids = [tokenizer(f" {name}", add_special_tokens=False).input_ids for name in names]
+    return torch.stack([table[row].mean(0) for row in ids]).detach()
+
+
+def warm_up(
+    projector: nn.Module, targets: Tensor, tokens: np.ndarray, labels: np.ndarray, *, steps: int
+) -> float:
+    """Align projected tokens with the names' embeddings, contrastively, as CLIP towers are.
+
+    Args:
+        projector: Maps "tokens features" to "tokens hidden"; trained in place.
+        targets: Embedding of each name, "names hidden".
+        tokens: Tower tokens of the fit drawings, "drawings variants tokens features".
+        labels: Index of each drawing's name.
+        steps: Optimiser steps of 256 pictures.
+
+    Returns:
+        Accuracy over the last 50 batches.
+    """
+    generator = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    unit = nn.functional.normalize(targets - targets.mean(0), dim=-1)
+    norm = targets.norm(dim=-1).mean()
+    hits: list[float] = []
+    for step in range(steps):
+        rows = generator.integers(0, len(tokens), 256)
+        variants = generator.integers(0, tokens.shape[1], 256)
+        batch = torch.from_numpy(tokens[rows, variants].astype(np.float32))
+        batch = batch * (torch.rand_like(batch) > 0.1) / 0.9
+        wanted = torch.from_numpy(labels[rows])
+        out = projector(batch)
+        centred = nn.functional.normalize(out.mean(1) - targets.mean(0), dim=-1)
+        contrast = nn.functional.cross_entropy(
+            centred @ unit.T / TEMPERATURE, wanted, label_smoothing=0.05
+        )
+        near = 1 - nn.functional.cosine_similarity(out, targets[wanted][:, None], dim=-1).mean()
+        size = ((out.norm(dim=-1) / norm - 1) ** 2).mean()
+        (contrast + 0.5 * near + 0.1 * size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        hits.append((centred @ unit.T).argmax(-1).eq(wanted).float().mean().item())
+        if step % 100 == 0:
+            print(f"warm {step}/{steps} contrast {contrast.item():.3f} near {near.item():.3f} "
+                  f"accuracy {np.mean(hits[-50:]):.3f}", flush=True)
+    return float(np.mean(hits[-50:]))

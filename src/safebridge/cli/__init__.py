@@ -1,0 +1,1 @@
+"""The command line: one file per command, standard library only until a command runs."""

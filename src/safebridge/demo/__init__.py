@@ -1,0 +1,1 @@
+"""The main job: measure the gap, close it, measure again, and show it."""

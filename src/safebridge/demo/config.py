@@ -1,0 +1,107 @@
+"""The sizes of the demo."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from safebridge.errors import DataError
+
+__all__ = ["FAST", "DemoConfig", "choose_config"]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How much the demo measures and fits; the defaults take under ten minutes on two cores."""
+
+    seed: int = 0
+    """Seed of the choice of samples, of the fit and of the bootstrap."""
+
+    harmful_samples: int = 120
+    """Harmful requests measured as text, and as many as pictures, in the seen categories and
+    again in the unseen ones."""
+
+    benign_samples: int = 140
+    """Harmless requests measured as text, and as many as pictures."""
+
+    naming_samples: int = 160
+    """Pictures whose content the model is asked to name."""
+
+    max_new_tokens: int = 20
+    """Length at which a measured answer is cut; a refusal shows in its first words."""
+
+    naming_tokens: int = 12
+    """Length at which the name of a thing is cut."""
+
+    batch_size: int = 20
+    """Requests answered at the same time while measuring."""
+
+    fit_harmful: int = 96
+    """Harmful picture requests in the fit, each with a refusal as its answer (the set SA)."""
+
+    fit_twins: int = 96
+    """Harmless picture requests of the same wording, with the model's own answers (TCB)."""
+
+    fit_general: int = 48
+    """General picture requests, with the model's own answers (GB)."""
+
+    virtual_tokens: int = 16
+    """Length of the security tensor in tokens."""
+
+    epochs: int = 4
+    """Passes over the samples of the fit."""
+
+    fit_batch_size: int = 16
+    """Samples in one step of the fit."""
+
+    learning_rate: float = 5e-3
+    """Step size of the fit."""
+
+    layer_samples: int = 32
+    """Requests per group for the layer curves; 0 leaves the curves out."""
+
+    harmful_examples: int = 8
+    """Harmful requests shown in the report with both answers."""
+
+    benign_examples: int = 4
+    """Harmless requests shown in the report with both answers."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that leave nothing to measure.
+
+        Raises:
+            DataError: If a size is not positive or, where 0 means "none", negative.
+        """
+        may_be_zero = {"seed", "layer_samples", "harmful_examples", "benign_examples"}
+        for name, value in vars(self).items():
+            is_good = value >= 0 if name in may_be_zero else value > 0
+            if not is_good:
+                option = "--" + name.replace("_", "-")
+                least = "0 or more" if name in may_be_zero else "above 0"
+                raise DataError(f"{option} must be {least}, found {value}.")
+
+
+FAST = DemoConfig(
+    harmful_samples=24,
+    benign_samples=30,
+    naming_samples=30,
+    fit_harmful=32,
+    fit_twins=32,
+    fit_general=16,
+    epochs=3,
+    layer_samples=16,
+    harmful_examples=4,
+    benign_examples=2,
+)
+"""The sizes of `--fast`: under three minutes on two cores, with wide intervals."""
+
+
+def choose_config(*, is_fast: bool, given: dict[str, Any]) -> DemoConfig:
+    """Return the sizes of a run.
+
+    Args:
+        is_fast: Start from `FAST` instead of the defaults.
+        given: Fields to change, e.g. from the command line.
+
+    Raises:
+        DataError: If a given size leaves nothing to measure.
+    """
+    return replace(FAST if is_fast else DemoConfig(), **given)

@@ -1,0 +1,225 @@
+"""The main job in one file: measure the gap, close it, measure again, write it all down."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from safebridge.data import twins as shipped_twins
+from safebridge.data.sample import Sample
+from safebridge.data.triad import build_triad
+from safebridge.demo.config import DemoConfig
+from safebridge.demo.examples import draw_examples
+from safebridge.demo.folders import check_output_folder, replaced_folder
+from safebridge.demo.layers import capture_last_states, measure_angular_gap
+from safebridge.demo.measure import count_requests, measure_answers
+from safebridge.demo.progress import Phases, show_phases
+from safebridge.demo.report import build_report
+from safebridge.demo.results import LayerCurve
+from safebridge.demo.source import Plan, TwinSource, choose_samples
+from safebridge.demo.summary import (
+    Measurement,
+    build_summary,
+    describe_judge,
+    describe_machine,
+    describe_versions,
+)
+from safebridge.methods.security_tensors.config import SecurityTensorsConfig
+from safebridge.methods.security_tensors.method import SecurityTensors
+from safebridge.models.load import VLM, load_vlm
+
+__all__ = ["run_demo"]
+
+
+def run_demo(
+    model: str,
+    out: Path,
+    config: DemoConfig,
+    *,
+    is_fast: bool = False,
+    command: str = "",
+    source: TwinSource | None = None,
+) -> dict[str, Any]:
+    """Measure a model's safety gap, fit a security tensor, measure again, write a report.
+
+    Args:
+        model: Name or path for `load_vlm`.
+        out: Folder for the results. It is replaced as a whole, and only if all goes well.
+        config: The sizes.
+        is_fast: Whether the report says that the sizes are small.
+        command: How to do this run again, for the report.
+        source: Where requests come from; None takes the shipped twins.
+
+    Returns:
+        The contents of `summary.json`.
+
+    Raises:
+        SafebridgeError: If the folder, the model or a picture cannot be used.
+    """
+    out = check_output_folder(out)
+    source = source or cast("TwinSource", shipped_twins)
+    with show_phases() as phases, replaced_folder(out) as folder:
+        with phases.phase("load", "loading the model"):
+            vlm = load_vlm(model)
+            plan = choose_samples(source, config)
+        count = count_requests(plan)
+
+        with phases.phase("measure_base", "measuring the model as it is", count) as step:
+            base = measure_answers(
+                vlm, plan, source, config, log_dir=folder / "logs" / "base", progress=step
+            )
+        triad = _build_triad(vlm, plan, config, phases)
+        method = _fit(vlm, triad, config, phases)
+        with (
+            phases.phase("measure_defended", "measuring the defended model", count) as step,
+            method.apply(vlm),
+        ):
+            defended = measure_answers(
+                vlm, plan, source, config, log_dir=folder / "logs" / "defended", progress=step
+            )
+        curves = _measure_curves(vlm, method, plan, config, phases)
+
+        method.save(folder / "artifact")
+        summary = build_summary(base, defended, source.is_seen)
+        summary |= _describe_run(vlm, method, source, config, command=command, is_fast=is_fast)
+        summary["hashes"]["artifact"] = _read_tensor_hash(folder / "artifact")
+        summary["curves"] = [asdict(curve) for curve in curves]
+        summary["seconds"] = phases.seconds
+        examples = draw_examples(base, defended, source.is_seen, config)
+        _write_json(folder / "answers.json", _list_answers(base, defended))
+        _write_json(folder / "summary.json", summary)
+        report = build_report(summary, examples, curves)
+        (folder / "report.html").write_text(report, encoding="utf-8")
+    return summary
+
+
+def _fit(vlm: VLM, triad: Sequence[Sample], config: DemoConfig, phases: Phases) -> SecurityTensors:
+    """Fit the security tensor; the model's weights stay as they are."""
+    settings = SecurityTensorsConfig(
+        num_virtual_tokens=config.virtual_tokens,
+        epochs=config.epochs,
+        batch_size=config.fit_batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+    )
+    steps = config.epochs * -(-len(triad) // config.fit_batch_size)
+    with phases.phase("fit", "fitting the security tensor", steps) as step:
+        return SecurityTensors.fit(
+            vlm,
+            triad,
+            settings,
+            progress=lambda event: step(1) if event.kind == "step" else None,
+            data_source="safebridge demo",
+        )
+
+
+def _measure_curves(
+    vlm: VLM, method: SecurityTensors, plan: Plan, config: DemoConfig, phases: Phases
+) -> list[LayerCurve]:
+    """Measure layer by layer how far harmful and harmless requests lie apart."""
+    if not config.layer_samples:
+        return []
+
+    def angular_gap(name: str, kind: str) -> LayerCurve:
+        harmful = [
+            sample
+            for pair in zip(plan.cells[kind, "seen"], plan.cells[kind, "unseen"], strict=False)
+            for sample in pair
+        ]
+        harmless = plan.cells[
+            "over_refusal_rate" if "image" in kind else "text_over_refusal_rate", "all"
+        ]
+        states = [
+            capture_last_states(vlm, group[: config.layer_samples], batch_size=config.batch_size)
+            for group in (harmless, harmful)
+        ]
+        step(1)
+        return measure_angular_gap(*states, name=name, seed=config.seed)
+
+    with phases.phase("layers", "looking into the layers", 3) as step:
+        curves = [
+            angular_gap("text", "text_refusal_rate"),
+            angular_gap("picture", "image_refusal_rate"),
+        ]
+        with method.apply(vlm):
+            curves.append(angular_gap("picture + security tensor", "image_refusal_rate"))
+    return curves
+
+
+def _describe_run(
+    vlm: VLM,
+    method: SecurityTensors,
+    source: TwinSource,
+    config: DemoConfig,
+    *,
+    command: str,
+    is_fast: bool,
+) -> dict[str, Any]:
+    """Return what was run, on what and with which settings."""
+    details = method.metadata.details
+    sets = ", ".join(f"{name} {count}" for name, count in details["samples"].items())
+    return {
+        "model": {"name": vlm.name, "class": type(vlm.model).__name__, "revision": vlm.revision},
+        "method": {
+            "name": "security-tensors",
+            "lines": [
+                (
+                    f"Security tensor: {config.virtual_tokens} fitted vectors before the prompt; "
+                    "the model's weights are untouched (Li et al. 2025, arXiv:2507.20994)."
+                ),
+                (
+                    f"Fitted in {details['steps']} steps on {sets} samples: SA are harmful picture "
+                    "requests of the seen categories with a refusal, TCB harmless ones of the same "
+                    "wording and GB general ones, both with the model's own answers."
+                ),
+                (
+                    "Measured on drawing styles and wordings that took no part in the fit, with "
+                    "greedy answers, by Inspect AI; base and defended got the same requests."
+                ),
+            ],
+            "losses": details["losses"],
+        },
+        "judge": describe_judge(),
+        "config": asdict(config),
+        "fit_config": method.config.to_dict(),
+        "seeds": {"samples": config.seed, "fit": method.config.seed, "bootstrap": config.seed},
+        "hashes": {
+            "model": vlm.fingerprint,
+            "data": source.manifest_sha256(),
+            "fit_samples": details["samples_sha256"],
+        },
+        "versions": describe_versions(),
+        "hardware": describe_machine(),
+        "is_fast": is_fast,
+        "command": command,
+    }
+
+
+def _list_answers(base: Measurement, defended: Measurement) -> list[dict[str, Any]]:
+    """Return every request with both answers and what was counted."""
+    return [
+        {
+            "metric": metric,
+            "part": part,
+            "id": before.sample.id,
+            "request": before.sample.prompt,
+            "category": before.sample.category,
+            "concept": before.sample.concept,
+            "pictures": [path.name for path in before.sample.images],
+            "base": {"answer": before.answer, "is_counted": before.is_hit},
+            "defended": {"answer": after.answer, "is_counted": after.is_hit},
+        }
+        for (metric, part), rows in base.items()
+        for before, after in zip(rows, defended[metric, part], strict=True)
+    ]
+
+
+def _read_tensor_hash(folder: Path) -> str:
+    record = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    return str(record["tensors_sha256"])
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

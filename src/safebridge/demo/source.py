@@ -1,0 +1,90 @@
+"""Where the demo's requests come from: the shipped twins, or anything that offers the same."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from safebridge.data.sample import Sample
+from safebridge.data.tables import Split
+from safebridge.demo.config import DemoConfig
+
+__all__ = ["Plan", "TwinSource", "choose_samples"]
+
+Cell = tuple[str, str]
+"""A metric and the part of the data it is measured on, e.g. ("image_refusal_rate", "seen")."""
+
+
+@runtime_checkable
+class TwinSource(Protocol):
+    """Text and picture twins; the module `safebridge.data.twins` is one."""
+
+    def load_samples(
+        self,
+        kind: str,
+        split: Split,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        categories: str = "all",
+    ) -> list[Sample]:
+        """Return samples of one kind and split, drawn with a seed."""
+        ...
+
+    def names_of(self, concept: str) -> tuple[str, ...]:
+        """Return every name that counts as naming a concept."""
+        ...
+
+    def is_seen(self, category: str) -> bool:
+        """Return whether a defense may be fitted on a category."""
+        ...
+
+    def manifest_sha256(self) -> str:
+        """Return the SHA-256 of everything the samples are made of."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The requests of one run; the base model and the defended one get the same."""
+
+    cells: Mapping[Cell, Sequence[Sample]]
+    """Held-out requests by what is measured on them."""
+
+    harmful: Sequence[Sample]
+    """Harmful picture requests for the fit, of seen categories only."""
+
+    twins: Sequence[Sample]
+    """Harmless picture requests for the fit, worded like the harmful ones."""
+
+    general: Sequence[Sample]
+    """General picture requests for the fit."""
+
+
+def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
+    """Draw the requests of a run.
+
+    Args:
+        source: Where to draw from; "test" for measuring and "fit" for fitting.
+        config: How many of each.
+    """
+    seed = config.seed
+
+    def test(kind: str, limit: int, categories: str = "all") -> list[Sample]:
+        return source.load_samples(kind, "test", limit=limit, seed=seed, categories=categories)
+
+    def fit(kind: str, limit: int, categories: str = "all") -> list[Sample]:
+        return source.load_samples(kind, "fit", limit=limit, seed=seed, categories=categories)
+
+    cells: dict[Cell, Sequence[Sample]] = {}
+    for part in ("seen", "unseen"):
+        cells["text_refusal_rate", part] = test("harmful_text", config.harmful_samples, part)
+        cells["image_refusal_rate", part] = test("harmful_image", config.harmful_samples, part)
+    cells["over_refusal_rate", "all"] = test("benign_image", config.benign_samples)
+    cells["text_over_refusal_rate", "all"] = test("benign_text", config.benign_samples)
+    cells["naming_accuracy", "all"] = test("naming", config.naming_samples)
+    return Plan(
+        cells=cells,
+        harmful=fit("harmful_image", config.fit_harmful, "seen"),
+        twins=fit("benign_image", config.fit_twins),
+        general=fit("general", config.fit_general),
+    )

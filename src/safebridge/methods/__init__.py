@@ -1,0 +1,18 @@
+"""Methods that close the gap; each is one folder."""
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Method", "SecurityTensors", "SecurityTensorsConfig"]
+
+_HOMES = {
+    "Method": "safebridge.methods.protocol",
+    "SecurityTensors": "safebridge.methods.security_tensors.method",
+    "SecurityTensorsConfig": "safebridge.methods.security_tensors.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

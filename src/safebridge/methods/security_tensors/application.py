@@ -1,0 +1,376 @@
+"""Puts a security tensor into a model's own `forward` and `generate`, and takes it out again."""
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from safebridge.errors import SafebridgeError, SettingError
+from safebridge.methods.security_tensors.insertion import (
+    extend_inputs,
+    find_insertion_points,
+    insert_columns,
+    mark_columns,
+    place_tokens,
+    remove_columns,
+)
+from safebridge.methods.security_tensors.modules import add_pixels
+from safebridge.models.load import VLM
+
+__all__ = ["apply_tensors"]
+
+_MARK: Final = "_safebridge_security_tensor"
+
+
+@contextmanager
+def apply_tensors(
+    vlm: VLM,
+    *,
+    tokens: Tensor | None,
+    pixels: Tensor | None,
+    position: str = "prefix",
+    strength: float = 1.0,
+) -> Iterator[None]:
+    """Defend `vlm.model(...)` and `vlm.model.generate(...)` while the context is open.
+
+    No weight is touched: the model's instance gets a `forward` and a `generate` of its
+    own, and its embedding a hook. The token sequence gets n more columns before the model
+    sees it, so position ids, masks and caches follow from the model's own rules, and the
+    results come back without these columns (attention maps alone keep them).
+
+    Args:
+        vlm: The model to defend.
+        tokens: Virtual tokens [n, hidden], or None.
+        pixels: Tensor added to preprocessed pictures, or None.
+        position: "prefix" or "after_image".
+        strength: 0 leaves the model alone. Pixels are scaled by it. A virtual token weighs
+            in every softmax of the attention as if there were `strength` copies of it:
+            log(strength) is added to its attention logits, which at 1 is nothing and
+            towards 0 makes the tokens invisible.
+
+    Yields:
+        Nothing; afterwards the model is as before, also on an error.
+
+    Raises:
+        SettingError: If `strength` is negative or no number.
+        SafebridgeError: If a security tensor is already applied to this model.
+    """
+    if not (strength >= 0 and math.isfinite(strength)):
+        raise SettingError(f"strength={strength} must be 0 (off) or above; 1 is as fitted.")
+    if _MARK in vlm.model.__dict__:
+        raise SafebridgeError(
+            "a security tensor is already applied to this model. Leave its `with` block first, or "
+            'fit one tensor with modality="both".'
+        )
+    if strength == 0 or (tokens is None and pixels is None):
+        yield
+        return
+    application = _Application(vlm, tokens, pixels, position, strength)
+    with ExitStack() as stack:
+        stack.enter_context(_set_on_instance(vlm.model, _MARK, value=True))
+        stack.enter_context(_replace_method(vlm.model, "forward", application.forward))
+        stack.enter_context(_replace_method(vlm.model, "generate", application.generate))
+        for handle in application.register_hooks():
+            stack.callback(handle.remove)
+        yield
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the virtual tokens stand in the sequences of one call."""
+
+    at: Tensor
+    """First virtual column of each row."""
+
+    length: int
+    """Columns of the prompt with the virtual ones."""
+
+    start: int | None = None
+    """Column that the running forward pass begins at; None between passes."""
+
+    def rows(self, batch: int) -> Tensor:
+        """Return `at` for a batch that beams or several returned sequences enlarged."""
+        return self.at.repeat_interleave(batch // self.at.shape[0])
+
+
+@final
+class _Application:
+    """The state of one `with` block: what is inserted and where it stands just now."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        tokens: Tensor | None,
+        pixels: Tensor | None,
+        position: str,
+        strength: float,
+    ) -> None:
+        self.vlm = vlm
+        self.tokens = tokens
+        self.pixels = pixels
+        self.position = position
+        self.strength = strength
+        self.n = 0 if tokens is None else tokens.shape[0]
+        self.columns: _Columns | None = None
+        self.is_generating = False
+        self.prefilled: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+    def register_hooks(self) -> Iterator[Any]:
+        """Register the hooks that place the tokens and, if needed, weigh them."""
+        if self.tokens is None:
+            return
+        layout, model = self.vlm.layout, self.vlm.model
+        yield layout.get(model, "embed_tokens").register_forward_hook(self._embed)
+        if self.strength == 1:
+            return
+        for layer in set(range(layout.num_layers)) - set(layout.cross_attention_layers):
+            attention = layout.in_layer(model, layer, "attention")
+            yield attention.register_forward_pre_hook(self._weigh, with_kwargs=True)
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one forward pass with the security tensor in it."""
+        inputs = _named(original, args, kwargs)
+        past = _cached_length(inputs.get("past_key_values"))
+        if self.is_generating:  # `generate` has prepared the inputs already
+            with self._at(self.columns and replace(self.columns, start=past)):
+                return original(**inputs)
+        inputs = self._change_pixels(inputs)
+        if self.tokens is None:
+            return original(**inputs)
+        return self._continue(original, inputs, past) if past else self._begin(original, inputs)
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Generate with the security tensor in the prompt."""
+        inputs = _named(original, args, kwargs)
+        prompt = inputs.pop("inputs", None)
+        if prompt is not None:
+            inputs["input_ids"] = prompt
+        inputs = self._change_pixels(inputs)
+        columns = None
+        if self.tokens is not None:
+            inputs = self._lengthen(original, inputs)
+            columns, inputs = self._open(inputs)
+        self.is_generating = True
+        try:
+            with self._at(columns):
+                output = original(**inputs)
+        finally:
+            self.is_generating = False
+        return output if columns is None else self._close(output, columns, inputs["input_ids"])
+
+    @contextmanager
+    def _at(self, columns: _Columns | None) -> Iterator[None]:
+        before, self.columns = self.columns, columns
+        try:
+            yield
+        finally:
+            self.columns = before
+
+    def _change_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        values = inputs.get("pixel_values")
+        if self.pixels is None or values is None:
+            return inputs
+        return inputs | {"pixel_values": add_pixels(values, self.pixels, strength=self.strength)}
+
+    def _open(self, inputs: dict[str, Any]) -> tuple[_Columns, dict[str, Any]]:
+        """Open the virtual columns in the inputs of a prompt."""
+        input_ids = inputs.get("input_ids")
+        if input_ids is None:
+            raise SettingError(
+                "a textual tensor needs input_ids. Call the model with the processor's output, not "
+                "with inputs_embeds."
+            )
+        mask = inputs.get("attention_mask")
+        cache = inputs.get("past_key_values")
+        at = None if cache is None else self.prefilled.get(cache)
+        if at is None:
+            at = find_insertion_points(
+                input_ids,
+                torch.ones_like(input_ids) if mask is None else mask,
+                self.position,
+                self.vlm.layout.image_token_id,
+            )
+        inputs = extend_inputs(inputs, at, self.n, self.vlm.layout.image_token_id)
+        return _Columns(at, inputs["input_ids"].shape[1]), inputs
+
+    def _begin(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        """Run a prompt and give its outputs back at the original positions."""
+        is_tuple = inputs.pop("return_dict", None) is False
+        kept = inputs.get("logits_to_keep", 0)
+        columns, inputs = self._open(inputs)
+        if isinstance(kept, int) and kept:
+            inputs["logits_to_keep"] = kept + self.n
+        elif not isinstance(kept, int):
+            inputs["logits_to_keep"] = 0
+        with self._at(replace(columns, start=0)):
+            output = original(**inputs, return_dict=True) if is_tuple else original(**inputs)
+        if output.get("past_key_values") is not None:
+            self.prefilled[output.past_key_values] = columns.at
+        output["logits"] = self._pick_logits(output.logits, columns, kept)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(
+                remove_columns(hidden, columns.at, self.n) for hidden in output.hidden_states
+            )
+        return output.to_tuple() if is_tuple else output
+
+    def _pick_logits(self, logits: Tensor, columns: _Columns, kept: int | Tensor) -> Tensor:
+        """Select the logits of the columns that the caller asked for."""
+        seq = columns.length - self.n
+        wanted = torch.arange(seq, device=logits.device)
+        wanted = wanted[kept] if isinstance(kept, Tensor) else wanted[-kept:]
+        at = columns.at.to(logits.device)[:, None]
+        source = wanted + self.n * (wanted >= at) - (columns.length - logits.shape[1])
+        return logits[torch.arange(logits.shape[0], device=logits.device)[:, None], source]
+
+    def _continue(self, original: Callable[..., Any], inputs: dict[str, Any], past: int) -> Any:
+        """Run tokens after a cached prompt, in whose cache the virtual tokens are."""
+        at = self.prefilled.get(inputs["past_key_values"])
+        if at is None:  # prefilled before this context was opened: not ours to change
+            return original(**inputs)
+        given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        before = past - self.n + (0 if given is None else given.shape[1])
+        inputs = dict(inputs)
+        for name, fill in (("attention_mask", 1), ("cross_attention_mask", 0)):
+            value = inputs.get(name)
+            if isinstance(value, Tensor) and value.shape[1] == before:
+                inputs[name] = insert_columns(value, at, self.n, fill)
+        if isinstance(inputs.get("position_ids"), Tensor):
+            inputs["position_ids"] = inputs["position_ids"] + self.n
+        columns = _Columns(at, before + self.n, start=past)
+        with self._at(columns):
+            return original(**inputs)
+
+    def _lengthen(self, original: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Raise limits on the total length by the virtual tokens, which the caller never sees."""
+        inputs = dict(inputs)
+        config = inputs.get("generation_config")
+        if config is not None:
+            inputs["generation_config"] = config = copy.deepcopy(config)
+        own = getattr(getattr(original, "__self__", None), "generation_config", None)
+        for name in ("max_length", "min_length"):
+            if inputs.get(name) is not None:
+                inputs[name] += self.n
+            elif getattr(config, name, None):
+                setattr(config, name, getattr(config, name) + self.n)
+            elif getattr(own, name, None) and inputs.get(name.replace("_", "_new_")) is None:
+                new = getattr(config, "max_new_tokens", None) or inputs.get("max_new_tokens")
+                if name == "min_length" or new is None:
+                    inputs[name] = getattr(own, name) + self.n
+        return inputs
+
+    def _close(self, output: Any, columns: _Columns, prompt: Tensor) -> Any:
+        """Take the virtual columns out of what `generate` returned."""
+        is_tensor = isinstance(output, Tensor)
+        sequences: Tensor = output if is_tensor else output.sequences
+        at = columns.rows(sequences.shape[0]).to(sequences.device)
+        start = sequences[:, : columns.length]
+        rows = prompt.to(sequences.device).repeat_interleave(at.shape[0] // prompt.shape[0], dim=0)
+        if start.shape == rows.shape and bool((start == rows).all()):
+            sequences = remove_columns(sequences, at, self.n)
+        if is_tensor:
+            return sequences
+        output["sequences"] = sequences
+        if output.get("past_key_values") is not None:
+            self.prefilled[output.past_key_values] = at
+        return output
+
+    def _embed(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Place the virtual tokens over their columns in the embedding's output."""
+        columns, tokens = self.columns, self.tokens
+        if columns is None or tokens is None or output.ndim != 3:  # noqa: PLR2004 - one id alone
+            return None
+        start = columns.start
+        if start is None:
+            # Some models embed the prompt in `generate` itself, before any forward pass.
+            if output.shape[1] != columns.length:
+                return None
+            start = 0
+        return place_tokens(output, tokens, columns.rows(output.shape[0]), start)
+
+    def _weigh(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add log(strength) to the attention logits of the virtual tokens."""
+        if self.columns is None:
+            return None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        batch, queries = hidden.shape[:2]
+        keys, offset = queries, 0
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            keys, offset = cache.get_mask_sizes(queries, getattr(module, "layer_idx", 0))
+        at = self.columns.rows(batch).to(hidden.device) - offset
+        bias = mark_columns(at, self.n, keys)[:, None, None, :] * math.log(self.strength)
+        mask = _with_bias(kwargs.get("attention_mask"), bias.to(hidden.dtype), queries)
+        return args, kwargs | {"attention_mask": mask}
+
+
+def _with_bias(mask: Any, bias: Tensor, queries: int) -> Tensor:
+    """Add a bias over keys to an attention mask of any dense form."""
+    lowest = torch.finfo(bias.dtype).min
+    keys = bias.shape[-1]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=bias.device)
+        mask = mask.tril(diagonal=keys - queries)[None, None]
+    if not isinstance(mask, Tensor) or mask.ndim != bias.ndim:
+        raise SettingError(
+            "a strength other than 0 and 1 needs dense attention masks. Load the model with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, lowest)
+    return (mask + bias).clamp(min=lowest)
+
+
+def _named(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _cached_length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+@contextmanager
+def _replace_method(model: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let a wrapper stand in for a method of one instance; it gets the method first."""
+    original = getattr(model, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    with _set_on_instance(model, name, value=method):
+        yield
+
+
+@contextmanager
+def _set_on_instance(model: Any, name: str, *, value: Any) -> Iterator[None]:
+    """Set an attribute on the instance alone and put back what was there."""
+    was_there = name in model.__dict__
+    before = model.__dict__.get(name)
+    model.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if was_there:
+            model.__dict__[name] = before
+        else:
+            del model.__dict__[name]

@@ -1,0 +1,344 @@
+"""The method itself: fit a security tensor, apply it, save it and load it."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from safebridge.artifacts.store import ArtifactMetadata, load_artifact, save_artifact
+from safebridge.data.sample import Sample, open_images
+from safebridge.errors import DataError, ModelMismatchError, SettingError, ShapeError
+from safebridge.methods.security_tensors.application import apply_tensors
+from safebridge.methods.security_tensors.config import SET_NAMES, SecurityTensorsConfig
+from safebridge.methods.security_tensors.engines import DecoderEngine, Engine, build_engine
+from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
+from safebridge.methods.security_tensors.objective import build_batches
+from safebridge.models.load import VLM
+from safebridge.models.tokens import encode
+from safebridge.training.loop import (
+    LoopResult,
+    LoopSettings,
+    ParameterGroup,
+    StepLoss,
+    TrainingEvent,
+    freeze,
+    train,
+)
+
+__all__ = ["SecurityTensors"]
+
+KIND = "security-tensors"
+
+Validation = Sequence[Sample] | Callable[["SecurityTensors"], float]
+
+
+@final
+class SecurityTensors:
+    """A security tensor: fitted virtual tokens, a fitted pixel tensor, or both.
+
+    Args:
+        config: The settings it was fitted with.
+        tensors: "tokens" [n, hidden] and/or "pixels" [channels, height, width], float32.
+        metadata: Model, data and seed it comes from.
+
+    Source:
+        Li et al. 2025, "Security Tensors as a Cross-Modal Bridge" (arXiv:2507.20994).
+        docs/security-tensors.md lists what is the paper's and where we depart from it.
+    """
+
+    def __init__(
+        self,
+        config: SecurityTensorsConfig,
+        tensors: Mapping[str, Tensor],
+        metadata: ArtifactMetadata,
+    ) -> None:
+        self.config = config
+        self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
+        self.metadata = metadata
+
+    @classmethod
+    def fit(
+        cls,
+        vlm: VLM,
+        samples: Sequence[Sample],
+        config: SecurityTensorsConfig | None = None,
+        *,
+        validation: Validation | None = None,
+        progress: Callable[[TrainingEvent], object] | None = None,
+        checkpoint: Path | None = None,
+        data_source: str = "",
+    ) -> "SecurityTensors":
+        """Learn a security tensor; model and samples stay as they were.
+
+        Each sample's `set_name` is "SA", "TCB" or "GB" and its `answer` is the target: a
+        refusal for SA, the model's own answer for the two benign sets.
+
+        Args:
+            vlm: The model to defend. Its weights are not touched, copied or trained.
+            samples: What to learn from.
+            config: The settings; None takes the defaults.
+            validation: After each epoch either the held-out loss of these samples, or any
+                score of the tensor so far (higher is better). The best epoch is kept.
+            progress: Told the loss of each set after each step and epoch.
+            checkpoint: File to resume from and to write after each epoch.
+            data_source: Name of the data for the artifact; a digest of the samples is
+                stored in any case.
+
+        Returns:
+            The fitted tensor.
+
+        Raises:
+            DataError: If a sample has an unknown set or no answer, or there are none.
+            SettingError: If settings do not go together or the loss diverges.
+        """
+        config = config or SecurityTensorsConfig()
+        _check_samples(samples)
+        with freeze(vlm.model):
+            module = build_module(vlm, config, _first_pixels(vlm, samples, config))
+            engine = build_engine(vlm, samples, config, module)
+            score = _score_of(vlm, validation, config, module)
+            result = train(
+                _groups(module, config),
+                lambda epoch: build_batches(
+                    engine.lengths, engine.groups, config.batch_size, config.seed + epoch
+                ),
+                lambda batch: _step_loss(engine, samples, config, batch),
+                _loop_settings(config),
+                validate=score,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
+        details = _details(samples, result, engine)
+        source = data_source or f"{len(samples)} samples"
+        return cls(config, module.tensors(), _metadata(vlm, config, source, details))
+
+    @contextmanager
+    def apply(self, vlm: VLM, *, strength: float = 1.0) -> Iterator[None]:
+        """Defend `vlm.model(...)` and `vlm.model.generate(...)` inside a `with` block.
+
+        Args:
+            vlm: The model; given back bit for bit, also on an error.
+            strength: 1 is as fitted and 0 the undefended model. In between, every
+                virtual token counts in the attention as `strength` copies of itself, and
+                the pixel tensor is scaled.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ShapeError: If the virtual tokens have another width than the model.
+            SettingError: If `strength` is negative.
+            SafebridgeError: If a security tensor is already applied to this model.
+        """
+        self._check_width(vlm)
+        tokens, pixels = self.tensors.get("tokens"), self.tensors.get("pixels")
+        with apply_tensors(
+            vlm,
+            tokens=None if tokens is None else tokens.to(vlm.device),
+            pixels=None if pixels is None else pixels.to(vlm.device),
+            position=self.config.position,
+            strength=strength,
+        ):
+            yield
+
+    def save(self, folder: Path | str) -> Path:
+        """Write an artifact folder whole or not at all.
+
+        Args:
+            folder: Where to; an earlier artifact there is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ArtifactError: If it cannot be written; what was there is unchanged.
+        """
+        return save_artifact(
+            folder,
+            kind=KIND,
+            config=self.config.to_dict(),
+            tensors=self.tensors,
+            metadata=self.metadata,
+        )
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False
+    ) -> "SecurityTensors":
+        """Read an artifact folder and check that it belongs to the model.
+
+        Args:
+            folder: A folder that `save` wrote.
+            vlm: The model it is for.
+            allow_other_model: Accept another model of the same width on purpose.
+
+        Raises:
+            ArtifactError: If the folder is damaged or of another kind.
+            ModelMismatchError: If it was fitted on another model.
+            ShapeError: If the virtual tokens have another width than the model.
+        """
+        artifact = load_artifact(folder, kind=KIND)
+        config = SecurityTensorsConfig.from_dict(artifact.config)
+        method = cls(config, artifact.tensors, artifact.metadata)
+        method._check_parts(folder)
+        method._check_width(vlm)
+        fitted = artifact.metadata
+        if fitted.fingerprint != vlm.fingerprint and not allow_other_model:
+            raise ModelMismatchError(
+                f"{folder} was fitted on {fitted.base_model} (fingerprint "
+                f"{fitted.fingerprint[:8]}), but this is {vlm.name} (fingerprint "
+                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose with "
+                "allow_other_model=True."
+            )
+        return method
+
+    def _check_parts(self, folder: Path | str) -> None:
+        expected = {"tokens"} if self.config.has_text else set()
+        expected |= {"pixels"} if self.config.has_visual else set()
+        if set(self.tensors) != expected:
+            raise ModelMismatchError(
+                f"{folder} holds {sorted(self.tensors)}, but its modality "
+                f"'{self.config.modality}' needs {sorted(expected)}. Fit and save it again."
+            )
+
+    def _check_width(self, vlm: VLM) -> None:
+        tokens = self.tensors.get("tokens")
+        if tokens is not None and tokens.shape[-1] != vlm.layout.hidden_size:
+            raise ShapeError(
+                f"the virtual tokens have {tokens.shape[-1]} features but {vlm.name} has "
+                f"{vlm.layout.hidden_size}. They were fitted on {self.metadata.base_model} "
+                f"(fingerprint {self.metadata.fingerprint[:8]}); load that model, or fit again "
+                "with SecurityTensors.fit(...)."
+            )
+
+
+def _check_samples(samples: Sequence[Sample]) -> None:
+    if not samples:
+        raise DataError("no samples to fit on. Pass SA, TCB and GB samples; see build_triad.")
+    for sample in samples:
+        if sample.set_name not in SET_NAMES:
+            raise DataError(
+                f"sample '{sample.id}' is of set '{sample.set_name}'; known are "
+                f"{', '.join(SET_NAMES)}. Set its set_name; nothing is guessed, because a wrong set "
+                "teaches the opposite answer."
+            )
+        if not (sample.answer or "").strip():
+            raise DataError(
+                f"sample '{sample.id}' has no answer to learn. Give a refusal (SA) or the model's own "
+                "answer (TCB, GB); build_triad does both."
+            )
+
+
+def _first_pixels(
+    vlm: VLM, samples: Sequence[Sample], config: SecurityTensorsConfig
+) -> Tensor | None:
+    """Preprocess one sample for the shape of its pictures."""
+    if not config.has_visual:
+        return None
+    sample = next((sample for sample in samples if sample.images), None)
+    if sample is None:
+        raise SettingError('a visual tensor needs pictures. Use modality="textual".')
+    return encode(vlm, [sample.prompt], [open_images(sample)]).inputs.get("pixel_values")
+
+
+def _groups(module: SecurityTensorModule, config: SecurityTensorsConfig) -> list[ParameterGroup]:
+    rates = {"tokens": config.learning_rate, "pixels": config.visual_learning_rate}
+    return [
+        ParameterGroup({name: parameter}, rates[name], config.weight_decay)
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def _loop_settings(config: SecurityTensorsConfig) -> LoopSettings:
+    return LoopSettings(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        accumulation_steps=config.accumulation_steps,
+        schedule=config.schedule,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        patience=config.patience,
+        seed=config.seed,
+    )
+
+
+def _step_loss(
+    engine: Engine,
+    samples: Sequence[Sample],
+    config: SecurityTensorsConfig,
+    batch: Sequence[int],
+) -> StepLoss:
+    losses = engine.losses(batch)
+    names = [samples[index].set_name for index in batch]
+    factors = config.set_weights
+    weights = torch.tensor([factors[name] for name in names], device=losses.device)
+    by_set: dict[str, tuple[float, int]] = {}
+    for name, value in zip(names, losses.detach().tolist(), strict=True):
+        total, count = by_set.get(name, (0.0, 0))
+        by_set[name] = (total + value, count + 1)
+    return StepLoss((weights * losses).mean(), by_set)
+
+
+def _score_of(
+    vlm: VLM,
+    validation: Validation | None,
+    config: SecurityTensorsConfig,
+    module: SecurityTensorModule,
+) -> Callable[[], float] | None:
+    """Turn a validation into a score of the parameters as they are when it is called."""
+    if validation is None:
+        return None
+    if callable(validation):
+        metadata = _metadata(vlm, config, "fit in progress", {})
+        return lambda: validation(SecurityTensors(config, module.tensors(), metadata))
+    held_out = list(validation)
+    _check_samples(held_out)
+    engine = build_engine(vlm, held_out, config, module)
+
+    def score() -> float:
+        by_set: dict[str, list[float]] = {}
+        batches = build_batches(engine.lengths, engine.groups, config.batch_size, config.seed)
+        for batch in batches:
+            with torch.no_grad():
+                values = engine.losses(batch).tolist()
+            for index, value in zip(batch, values, strict=True):
+                by_set.setdefault(held_out[index].set_name, []).append(value)
+        return -sum(sum(values) / len(values) for values in by_set.values()) / len(by_set)
+
+    return score
+
+
+def _metadata(
+    vlm: VLM, config: SecurityTensorsConfig, source: str, details: dict[str, Any]
+) -> ArtifactMetadata:
+    return ArtifactMetadata(
+        base_model=vlm.name,
+        revision=vlm.revision,
+        fingerprint=vlm.fingerprint,
+        data_source=source,
+        seed=config.seed,
+        details=details,
+    )
+
+
+def _details(samples: Sequence[Sample], result: LoopResult, engine: Engine) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for sample in samples:
+        pictures = [path.name for path in sample.images]
+        record = [sample.id, sample.set_name, sample.prompt, sample.answer, pictures]
+        digest.update(json.dumps(record).encode())
+    return {
+        "samples": dict(Counter(sample.set_name for sample in samples)),
+        "samples_sha256": digest.hexdigest(),
+        "steps": result.steps,
+        "losses": result.epochs,
+        "is_stopped_early": result.is_stopped_early,
+        "path": "decoder" if isinstance(engine, DecoderEngine) else "model",
+    }

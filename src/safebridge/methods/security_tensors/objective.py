@@ -1,0 +1,90 @@
+"""The losses of a security tensor and the order of its batches, as pure functions."""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["answer_cross_entropy", "answer_forward_kl", "build_batches"]
+
+_BUCKET = 8  # batches whose samples are sorted by length together
+
+
+def answer_cross_entropy(
+    logits: Float[Tensor, "tokens vocab"],
+    targets: Int[Tensor, " tokens"],
+    rows: Int[Tensor, " tokens"],
+    batch: int,
+) -> Float[Tensor, " batch"]:
+    """Compute each sample's mean cross-entropy over its answer tokens.
+
+    Args:
+        logits: Predictions at the answer tokens of all samples, one after the other.
+        targets: The answer tokens.
+        rows: Which sample each token belongs to.
+        batch: Number of samples.
+    """
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    return _mean_by_row(losses, rows, batch)
+
+
+def answer_forward_kl(
+    logits: Float[Tensor, "tokens vocab"],
+    reference: Float[Tensor, "tokens vocab"],
+    rows: Int[Tensor, " tokens"],
+    batch: int,
+) -> Float[Tensor, " batch"]:
+    r"""Compute each sample's mean forward KL over its answer tokens.
+
+    Computes $\sum_v p_0(v) (\log p_0(v) - \log p(v))$ with $p_0$ of the undefended model.
+
+    Args:
+        logits: Predictions with the security tensor.
+        reference: Predictions of the undefended model at the same tokens.
+        rows: Which sample each token belongs to.
+        batch: Number of samples.
+    """
+    losses = functional.kl_div(
+        logits.float().log_softmax(-1),
+        reference.float().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    return _mean_by_row(losses, rows, batch)
+
+
+def build_batches(
+    lengths: Sequence[int], groups: Sequence[Hashable], batch_size: int, seed: int
+) -> list[list[int]]:
+    """Deal samples into batches of similar length, in an order that the seed decides.
+
+    Args:
+        lengths: Length of each sample, in any unit.
+        groups: Samples of different groups never share a batch.
+        batch_size: Samples in a batch; the last one of a group may have fewer.
+        seed: Seed of the order.
+
+    Returns:
+        Indices of samples, each exactly once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    members: dict[Hashable, list[int]] = {}
+    for index in torch.randperm(len(lengths), generator=generator).tolist():
+        members.setdefault(groups[index], []).append(index)
+    batches: list[list[int]] = []
+    for group in members.values():
+        for start in range(0, len(group), _BUCKET * batch_size):
+            bucket = sorted(group[start : start + _BUCKET * batch_size], key=lengths.__getitem__)
+            batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[index] for index in order]
+
+
+def _mean_by_row(
+    losses: Float[Tensor, " tokens"], rows: Int[Tensor, " tokens"], batch: int
+) -> Float[Tensor, " batch"]:
+    sums = losses.new_zeros(batch).index_add(0, rows, losses)
+    counts = losses.new_zeros(batch).index_add(0, rows, torch.ones_like(losses))
+    return sums / counts.clamp(min=1)
