@@ -91,12 +91,9 @@ def visual_batches(
     """Yield padded batches: ids, mask, labels, and the tower's tokens of rows with a picture."""
     slots = features.shape[2]
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    for batch in bucketed(samples, lambda s: len(s.prompt) + len(s.answer), size, seed):
-        rows = []
-        for sample in batch:
-            prompt = sample.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * slots)
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-            rows.append((ids, tokenizer(sample.answer, add_special_tokens=False).input_ids))
+    tokenised = [_tokenise(sample, tokenizer, slots) for sample in samples]
+    for batch in bucketed(tokenised, lambda row: len(row[1]) + len(row[2]), size, seed):
+        rows = [(prompt, answer) for _, prompt, answer in batch]
         length = max(len(p) + len(a) for p, a in rows)
         ids = torch.full((len(rows), length), tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
@@ -106,7 +103,7 @@ def visual_batches(
             ids[i, :end] = torch.tensor(prompt + answer)
             labels[i, len(prompt) : end] = torch.tensor(answer)
             mask[i, :end] = 1
-        shown = [s for s in batch if s.drawing >= 0]
+        shown = [sample for sample, _, _ in batch if sample.drawing >= 0]
         tokens = np.stack([features[s.drawing, s.variant] for s in shown]) if shown else None
         yield {
             "ids": ids,
@@ -115,6 +112,17 @@ def visual_batches(
             "is_image": ids == image_id,
             "tokens": torch.from_numpy(tokens.astype(np.float32)) if shown else None,
         }
+
+
+def _tokenise(
+    sample: VisualSample, tokenizer, slots: int
+) -> tuple[VisualSample, list[int], list[int]]:
+    prompt = sample.prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * slots)
+    return (
+        sample,
+        tokenizer(prompt, add_special_tokens=False).input_ids,
+        tokenizer(sample.answer, add_special_tokens=False).input_ids,
+    )
 
 
 def visual_loss(language_model: nn.Module, projector: nn.Module, batch: dict[str, Tensor]) -> Tensor:

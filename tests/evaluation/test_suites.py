@@ -113,19 +113,24 @@ def saying(vlm: VLM, text: str) -> Iterator[None]:
     tokens = [*tokens, vlm.tokenizer.convert_tokens_to_ids("<|im_end|>")]
     step = [0]
 
-    def force(
-        _module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
+    def count(_module: object, args: tuple[torch.Tensor, ...]) -> None:
         step[0] = 0 if args[0].shape[1] > 1 else step[0] + 1
+
+    def force(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
         forced = torch.full_like(output, -100.0)
         forced[..., tokens[min(step[0], len(tokens) - 1)]] = 100.0
         return forced
 
-    handle = vlm.layout.get(vlm.model, "lm_head").register_forward_hook(force)
+    embedding = vlm.layout.get(vlm.model, "embed_tokens")
+    handles = [
+        embedding.register_forward_pre_hook(count),
+        vlm.layout.get(vlm.model, "lm_head").register_forward_hook(force),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def test_the_suite_gives_the_answers_of_the_model_in_order(
@@ -219,10 +224,8 @@ def test_the_log_opens_with_inspect_and_holds_no_pictures(
     text = log.model_dump_json()
     assert "base64," not in text
     assert str(pictures[0]) in text
-    assert (
-        score_refusal(result.rows[0].answer).rule
-        == log.samples[0].scores["refusal_scorer"].metadata["rule"]
-    )
+    rules = {sample.id: sample.scores["refusal_scorer"].metadata["rule"] for sample in log.samples}
+    assert rules == {row.id: row.rule for row in result.rows}
 
 
 def test_an_active_defense_stays_in_force(vlm: VLM, samples: list[Sample], tmp_path: Path) -> None:
@@ -316,7 +319,8 @@ def test_inspect_finds_the_provider_by_name_and_hands_it_pictures(
         log_realtime=False, ctl_server=False, log_images=False,
     )  # fmt: skip
     assert log.status == "success"
-    assert [sample.output.completion for sample in log.samples] == answers
+    said = {sample.id: sample.output.completion for sample in log.samples}
+    assert [said[sample.id] for sample in samples] == answers
 
 
 def ask(vlm: VLM, message: object, **config: object) -> str:

@@ -100,7 +100,7 @@ def test_nothing_to_answer_is_no_error() -> None:
 
 def test_numbers_and_lists_that_make_no_sense_are_refused(make_picture: MakePicture) -> None:
     vlm = tiny_vlm("llava")
-    with pytest.raises(DataError, match="1 prompts but 0 lists of images. Pass one list"):
+    with pytest.raises(DataError, match=r"1 prompts but 0 lists of images. Pass one list"):
         generate_answers(vlm, ["a"], [])
-    with pytest.raises(DataError, match="must be 1 or more"):
+    with pytest.raises(DataError, match=r"must be 1 or more"):
         generate_answers(vlm, ["a"], [[make_picture()]], batch_size=0)

@@ -79,7 +79,7 @@ def test_hooks_are_gone_afterwards_also_on_an_error(context: object) -> None:
     with context(module):
         assert not is_bare(module)
     assert is_bare(module)
-    with pytest.raises(RuntimeError, match="inside"), context(module):
+    with pytest.raises(RuntimeError, match=r"inside"), context(module):
         raise RuntimeError("inside")
     assert is_bare(module)
 
@@ -97,5 +97,5 @@ def test_module_without_a_tensor_output_is_refused() -> None:
             return str(x)
 
     module = Words()
-    with capture_output(module), pytest.raises(ShapeError, match="Hook a module that takes"):
+    with capture_output(module), pytest.raises(ShapeError, match=r"Hook a module that takes"):
         module(torch.ones(1))

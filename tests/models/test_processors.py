@@ -41,10 +41,10 @@ def test_pixtral_writes_an_image_row_by_row() -> None:
 
 
 def test_missing_num2words_names_its_extra() -> None:
-    with pytest.raises(MissingExtraError, match=r'pip install "safebridge\[smolvlm\]"'):
-        with naming_extra():
-            raise ImportError("Package `num2words` is required to run SmolVLM processor.")
-    with pytest.raises(ImportError, match="other"), naming_extra():
+    message = r'pip install "safebridge\[smolvlm\]"'
+    with pytest.raises(MissingExtraError, match=message), naming_extra():
+        raise ImportError("Package `num2words` is required to run SmolVLM processor.")
+    with pytest.raises(ImportError, match=r"other"), naming_extra():
         raise ImportError("other")
 
 

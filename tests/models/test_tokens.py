@@ -154,7 +154,7 @@ def test_batch_whose_rows_would_change_each_other_is_refused(
 def test_instructblip_takes_exactly_one_image(make_picture: MakePicture) -> None:
     vlm = tiny_vlm("instructblip")
     for images in ([], [make_picture(), make_picture()]):
-        with pytest.raises(DataError, match="exactly one image. Pass one for each prompt"):
+        with pytest.raises(DataError, match=r"exactly one image. Pass one for each prompt"):
             encode(vlm, ["Hi"], [images])
 
 
@@ -176,11 +176,24 @@ def test_pictures_of_any_mode_become_rgb_and_stay_as_they_were(
     assert (gray.mode, gray.tobytes()) == ("L", before)
 
 
-def test_prompt_that_is_part_of_the_template_is_still_found(llava: VLM) -> None:
-    encoded = encode(llava, ["user"], [[]])
-    assert encoded.spans.text.sum() == 4
-    first = int(encoded.spans.text[0].nonzero()[0])
-    assert first > len("<|im_start|>user\n") - len("<|im_start|>")
+@pytest.mark.parametrize("prompt", ["user", "assistant", "s", "<"])
+def test_prompt_that_the_template_contains_is_found_where_it_was_written(
+    llava: VLM, prompt: str
+) -> None:
+    encoded = encode(llava, [prompt], [[]], ["Yes."])
+    (positions,) = encoded.spans.text[0].nonzero(as_tuple=True)
+    start = 1 + len("user\n")  # <|im_start|> is one token, every other character one more
+    assert positions.tolist() == list(range(start, start + len(prompt)))
+
+
+def test_template_that_writes_images_after_the_prompt_is_told(make_picture: MakePicture) -> None:
+    vlm = tiny_vlm("llava")
+    vlm.processor.chat_template = (
+        "{% for message in messages %}{{ message['content'][-1]['text'] }}"
+        "{% for part in message['content'][:-1] %}<image>{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"writes images after the prompt. Use one that writes"):
+        encode(vlm, ["Hi"], [[make_picture()]])
 
 
 def test_pictures_follow_the_models_type(make_picture: MakePicture) -> None:
@@ -214,21 +227,21 @@ def test_lists_that_do_not_belong_together_are_refused(
     llava: VLM, make_picture: MakePicture
 ) -> None:
     one = [make_picture()]
-    with pytest.raises(DataError, match="no prompts to encode. Pass at least one"):
+    with pytest.raises(DataError, match=r"no prompts to encode. Pass at least one"):
         encode(llava, [], [])
-    with pytest.raises(DataError, match="2 prompts but 1 lists of images. Pass one list"):
+    with pytest.raises(DataError, match=r"2 prompts but 1 lists of images. Pass one list"):
         encode(llava, ["a", "b"], [one])
-    with pytest.raises(DataError, match="1 prompts but 2 answers. Pass one for each"):
+    with pytest.raises(DataError, match=r"1 prompts but 2 answers. Pass one for each"):
         encode(llava, ["a"], [one], ["b", "c"])
 
 
 def test_empty_answer_is_refused(llava: VLM, make_picture: MakePicture) -> None:
-    with pytest.raises(DataError, match="answer 1 is empty.*Leave that sample out"):
+    with pytest.raises(DataError, match=r"answer 1 is empty.*Leave that sample out"):
         encode(llava, ["a", "b"], [[make_picture()]] * 2, ["yes", " \n"])
 
 
 def test_image_placeholder_in_a_prompt_is_refused(llava: VLM, make_picture: MakePicture) -> None:
-    message = "1 images, but its text has 2 image placeholders '<image>'. Remove '<image>'"
+    message = r"1 images, but its text has 2 image placeholders '<image>'. Remove '<image>'"
     with pytest.raises(DataError, match=message):
         encode(llava, ["What is <image>?"], [[make_picture()]])
 
@@ -236,7 +249,7 @@ def test_image_placeholder_in_a_prompt_is_refused(llava: VLM, make_picture: Make
 def test_template_that_writes_no_images_is_told(make_picture: MakePicture) -> None:
     vlm = tiny_vlm("llava")
     vlm.processor.chat_template = vlm.processor.chat_template.replace("<image>", "")
-    with pytest.raises(DataError, match="its text has 0 image placeholders"):
+    with pytest.raises(DataError, match=r"its text has 0 image placeholders"):
         encode(vlm, ["Hi"], [[make_picture()]])
 
 
@@ -251,7 +264,7 @@ def test_template_that_rewrites_the_prompt_is_told(make_picture: MakePicture) ->
     vlm = tiny_vlm("llava")
     template = vlm.processor.chat_template
     vlm.processor.chat_template = template.replace("part['text']", "part['text'] | upper")
-    with pytest.raises(DataError, match="prompt 0 does not appear in what the chat template"):
+    with pytest.raises(DataError, match=r"prompt 0 does not appear in what the chat template"):
         encode(vlm, ["Hi"], [[make_picture()]])
 
 

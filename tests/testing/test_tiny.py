@@ -34,12 +34,12 @@ def test_models_of_two_calls_share_nothing() -> None:
 
 
 def test_unknown_family_is_told_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match="no tiny family 'qwen2'. Did you mean 'qwen2_vl'"):
+    with pytest.raises(UnknownNameError, match=r"no tiny family 'qwen2'. Did you mean 'qwen2_vl'"):
         tiny_vlm("qwen2")
 
 
 def test_face_gives_the_same_objects() -> None:
     assert testing.tiny_vlm is tiny_vlm
     assert "tiny_vlm" in dir(testing)
-    with pytest.raises(AttributeError, match="no attribute 'huge_vlm'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'huge_vlm'"):
         _ = testing.huge_vlm

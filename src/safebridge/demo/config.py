@@ -43,6 +43,9 @@ class DemoConfig:
     fit_general: int = 48
     """General picture requests, with the model's own answers (GB)."""
 
+    fit_answer_tokens: int = 32
+    """Length at which the model's own answers are cut for the fit."""
+
     virtual_tokens: int = 16
     """Length of the security tensor in tokens."""
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from safebridge.data import twins as shipped_twins
-from safebridge.data.sample import Sample
-from safebridge.data.triad import build_triad
+from safebridge.data.sample import Sample, open_images
+from safebridge.data.triad import Triad, build_triad
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.examples import draw_examples
 from safebridge.demo.folders import check_output_folder, replaced_folder
@@ -25,8 +25,10 @@ from safebridge.demo.summary import (
     describe_machine,
     describe_versions,
 )
+from safebridge.evaluation.judges import score_refusal
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.method import SecurityTensors
+from safebridge.models.generate import generate_answers
 from safebridge.models.load import VLM, load_vlm
 
 __all__ = ["run_demo"]
@@ -82,7 +84,9 @@ def run_demo(
 
         method.save(folder / "artifact")
         summary = build_summary(base, defended, source.is_seen)
-        summary |= _describe_run(vlm, method, source, config, command=command, is_fast=is_fast)
+        summary |= _describe_run(
+            vlm, method, triad, source, config, command=command, is_fast=is_fast
+        )
         summary["hashes"]["artifact"] = _read_tensor_hash(folder / "artifact")
         summary["curves"] = [asdict(curve) for curve in curves]
         summary["seconds"] = phases.seconds
@@ -94,7 +98,32 @@ def run_demo(
     return summary
 
 
-def _fit(vlm: VLM, triad: Sequence[Sample], config: DemoConfig, phases: Phases) -> SecurityTensors:
+def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases) -> Triad:
+    """Give harmful requests refusals, and harmless ones the model's own answers."""
+    total = len(plan.twins) + len(plan.general)
+    with phases.phase("build_triad", "asking for the model's own answers", total) as step:
+
+        def answer(samples: Sequence[Sample]) -> list[str]:
+            return generate_answers(
+                vlm,
+                [sample.prompt for sample in samples],
+                [open_images(sample) for sample in samples],
+                max_new_tokens=config.fit_answer_tokens,
+                batch_size=config.batch_size,
+                progress=step,
+            )
+
+        return build_triad(
+            plan.harmful,
+            plan.twins,
+            plan.general,
+            answer=answer,
+            is_refusal=lambda text: score_refusal(text).is_refusal,
+            seed=config.seed,
+        )
+
+
+def _fit(vlm: VLM, triad: Triad, config: DemoConfig, phases: Phases) -> SecurityTensors:
     """Fit the security tensor; the model's weights stay as they are."""
     settings = SecurityTensorsConfig(
         num_virtual_tokens=config.virtual_tokens,
@@ -103,11 +132,11 @@ def _fit(vlm: VLM, triad: Sequence[Sample], config: DemoConfig, phases: Phases) 
         learning_rate=config.learning_rate,
         seed=config.seed,
     )
-    steps = config.epochs * -(-len(triad) // config.fit_batch_size)
+    steps = config.epochs * -(-len(triad.samples) // config.fit_batch_size)
     with phases.phase("fit", "fitting the security tensor", steps) as step:
         return SecurityTensors.fit(
             vlm,
-            triad,
+            triad.samples,
             settings,
             progress=lambda event: step(1) if event.kind == "step" else None,
             data_source="safebridge demo",
@@ -150,6 +179,7 @@ def _measure_curves(
 def _describe_run(
     vlm: VLM,
     method: SecurityTensors,
+    triad: Triad,
     source: TwinSource,
     config: DemoConfig,
     *,
@@ -171,7 +201,9 @@ def _describe_run(
                 (
                     f"Fitted in {details['steps']} steps on {sets} samples: SA are harmful picture "
                     "requests of the seen categories with a refusal, TCB harmless ones of the same "
-                    "wording and GB general ones, both with the model's own answers."
+                    "wording and GB general ones, both with the model's own answers. A rule that "
+                    f"reads only the request tells {triad.report.text_only_accuracy:.0%} of SA and "
+                    "TCB apart; half would be chance."
                 ),
                 (
                     "Measured on drawing styles and wordings that took no part in the fit, with "
@@ -179,6 +211,7 @@ def _describe_run(
                 ),
             ],
             "losses": details["losses"],
+            "triad": asdict(triad.report),
         },
         "judge": describe_judge(),
         "config": asdict(config),

@@ -1,5 +1,7 @@
 """Where the demo's requests come from: the shipped twins, or anything that offers the same."""
 
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -72,7 +74,7 @@ def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
     def test(kind: str, limit: int, categories: str = "all") -> list[Sample]:
         return source.load_samples(kind, "test", limit=limit, seed=seed, categories=categories)
 
-    def fit(kind: str, limit: int, categories: str = "all") -> list[Sample]:
+    def fit(kind: str, limit: int | None, categories: str = "all") -> list[Sample]:
         return source.load_samples(kind, "fit", limit=limit, seed=seed, categories=categories)
 
     cells: dict[Cell, Sequence[Sample]] = {}
@@ -82,9 +84,38 @@ def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
     cells["over_refusal_rate", "all"] = test("benign_image", config.benign_samples)
     cells["text_over_refusal_rate", "all"] = test("benign_text", config.benign_samples)
     cells["naming_accuracy", "all"] = test("naming", config.naming_samples)
+    harmful = fit("harmful_image", config.fit_harmful, "seen")
     return Plan(
         cells=cells,
-        harmful=fit("harmful_image", config.fit_harmful, "seen"),
-        twins=fit("benign_image", config.fit_twins),
+        harmful=harmful,
+        twins=_find_twins(harmful, fit("benign_image", None), config.fit_twins, seed),
         general=fit("general", config.fit_general),
     )
+
+
+def _find_twins(
+    harmful: Sequence[Sample], benign: Sequence[Sample], count: int, seed: int
+) -> list[Sample]:
+    """Choose harmless requests with the wordings of the harmful ones, equally often.
+
+    Then nothing but the picture tells the two sets apart. Among the requests of one wording
+    the thing that was chosen least often comes first.
+    """
+    by_prompt: dict[str, list[Sample]] = {}
+    rng = random.Random(seed)  # noqa: S311 - nothing secret is drawn
+    for sample in rng.sample(benign, len(benign)):
+        by_prompt.setdefault(sample.prompt, []).append(sample)
+    wordings = [sample.prompt for sample in harmful if sample.prompt in by_prompt]
+    taken: Counter[str] = Counter()
+    chosen: list[Sample] = []
+    while len(chosen) < count:
+        before = len(chosen)
+        for prompt in wordings[: count - len(chosen)]:
+            if by_prompt[prompt]:
+                sample = min(by_prompt[prompt], key=lambda one: taken[one.concept])
+                by_prompt[prompt].remove(sample)
+                taken[sample.concept] += 1
+                chosen.append(sample)
+        if len(chosen) == before:
+            break
+    return chosen

@@ -62,6 +62,14 @@ class PixtralProcessor(ProcessorMixin):
         self.image_break_token_id = tokenizer.convert_tokens_to_ids(image_break_token)
         self.image_end_token_id = tokenizer.convert_tokens_to_ids(image_end_token)
 
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build it from its parts and what was saved; the base class would inspect `__init__`."""
+        names = ("patch_size", "spatial_merge_size", "chat_template")
+        tokens = ("image_token", "image_break_token", "image_end_token")
+        saved = {**processor_dict, **kwargs}
+        return cls(*args, **{name: saved[name] for name in (*names, *tokens) if name in saved})
+
     @property
     def image_token_ids(self) -> list[int]:
         """The tokens that an image is written with."""

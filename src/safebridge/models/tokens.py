@@ -175,13 +175,14 @@ def _render_rows(
 ) -> list[_Row]:
     """Write every row's text."""
     end = find_end_of_turn(vlm) if answers is not None else ""
+    after_prompt = _render_after(vlm)
     given = [""] * len(prompts) if answers is None else answers
     rows = []
     for number, (prompt, own, answer) in enumerate(zip(prompts, images, given, strict=True)):
         text = _render(vlm, prompt, len(own))
         _check_placeholders(vlm, number, text, len(own))
         tail = "" if not answer else _answer_text(vlm, answer) + end
-        rows.append(_find_places(vlm, number, prompt, text, tail))
+        rows.append(_find_places(vlm, number, prompt, text, after_prompt=after_prompt, tail=tail))
     return rows
 
 
@@ -202,15 +203,30 @@ def _render(vlm: VLM, prompt: str, num_images: int) -> str:
     )
 
 
-def _find_places(vlm: VLM, number: int, prompt: str, text: str, tail: str) -> _Row:
+def _render_after(vlm: VLM) -> str:
+    """Return what the template writes after a prompt."""
+    if not _chat_template(vlm):
+        return ""
+    return _render(vlm, _MARK, 0).rpartition(_MARK)[2]
+
+
+def _find_places(
+    vlm: VLM, number: int, prompt: str, text: str, *, after_prompt: str, tail: str
+) -> _Row:
     """Find the prompt in its text; templates may trim it, never rewrite it."""
     core = prompt.strip()
-    start = text.rfind(core)
-    if start < 0:
+    body = text.removesuffix(after_prompt)
+    start = body.rfind(core)
+    if start < 0 or body[start + len(core) :].strip():
         raise DataError(
             f"prompt {number} does not appear in what the chat template of '{vlm.name}' made of "
             "it, so its tokens cannot be told apart. Use a template that writes the prompt as it "
             "is."
+        )
+    if _placeholder(vlm) and _placeholder(vlm) in text[start:]:
+        raise DataError(
+            f"the chat template of '{vlm.name}' writes images after the prompt. Use one that "
+            "writes them first, as the content lists them."
         )
     after = len(text) - start - len(core)
     if vlm.layout.family == "paligemma":  # the answer is a second text there

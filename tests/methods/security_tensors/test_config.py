@@ -1,0 +1,47 @@
+import ast
+import inspect
+import textwrap
+from dataclasses import fields
+
+import pytest
+
+from safebridge.errors import SettingError
+from safebridge.methods.security_tensors.config import SecurityTensorsConfig
+
+
+def test_every_field_has_a_text_under_it() -> None:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(SecurityTensorsConfig)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    texts = {
+        statement.target.id
+        for statement, below in zip(body, body[1:], strict=False)
+        if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+    assert texts == {field.name for field in fields(SecurityTensorsConfig)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modality": "audio"}, '"textual" or "visual" or "both"'),
+        ({"position": "end"}, '"prefix" or "after_image"'),
+        ({"benign_loss": "mse"}, '"ce" or "kl"'),
+        ({"num_virtual_tokens": 0}, "must be at least 1"),
+        ({"learning_rate": 0.0}, "must be above 0"),
+        ({"learning_rate": float("nan")}, "must be above 0"),
+        ({"weight_tcb": -1.0}, "must not be negative"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        SecurityTensorsConfig(**options)  # type: ignore[arg-type]
+
+
+def test_settings_survive_a_round_trip_and_strangers_do_not() -> None:
+    config = SecurityTensorsConfig(num_virtual_tokens=7, benign_loss="kl")
+    values = config.to_dict()
+    assert SecurityTensorsConfig.from_dict(values) == config
+    del values["seed"]
+    values["threshold"] = 1
+    with pytest.raises(SettingError, match=r"missing \['seed'\], unknown \['threshold'\]"):
+        SecurityTensorsConfig.from_dict(values)

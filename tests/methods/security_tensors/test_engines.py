@@ -1,0 +1,174 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from safebridge.data.sample import Sample
+from safebridge.methods.security_tensors.application import apply_tensors
+from safebridge.methods.security_tensors.config import SecurityTensorsConfig
+from safebridge.methods.security_tensors.engines import (
+    DecoderEngine,
+    ModelEngine,
+    _prepare,
+    build_engine,
+)
+from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
+from safebridge.models.hooks import capture_output
+from safebridge.models.load import VLM
+from safebridge.testing.tiny import TINY_FAMILIES
+from safebridge.training.loop import freeze
+
+WHOLE_MODEL = {"gemma3", "mllama", "paligemma", "qwen3_vl"}
+"""Their decoders take more than embeddings, a mask and positions."""
+
+
+def config_of(**options: object) -> SecurityTensorsConfig:
+    return SecurityTensorsConfig(num_virtual_tokens=3, **options)
+
+
+def decoder_engine(
+    vlm: VLM, samples: list[Sample], config: SecurityTensorsConfig, *, is_shared: bool = True
+) -> tuple[DecoderEngine, SecurityTensorModule]:
+    module = build_module(vlm, config, None)
+    prepared = _prepare(vlm, samples)
+    assert prepared is not None
+    return DecoderEngine(vlm, samples, config, module, prepared, is_shared=is_shared), module
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_the_decoder_alone_is_used_where_it_is_enough(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str
+) -> None:
+    vlm, config = tiny(family), config_of()
+    with freeze(vlm.model):
+        engine = build_engine(vlm, triad, config, build_module(vlm, config, None))
+    assert isinstance(engine, ModelEngine if family in WHOLE_MODEL else DecoderEngine)
+
+
+@pytest.mark.parametrize("benign_loss", ["ce", "kl"])
+@pytest.mark.parametrize("position", ["prefix", "after_image"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "instructblip", "pixtral"])
+def test_the_decoder_alone_gives_the_losses_and_gradients_of_the_whole_model(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str, position: str, benign_loss: str
+) -> None:
+    vlm, config = tiny(family), config_of(position=position, benign_loss=benign_loss)
+    indices = [0, 3, 1, 5]
+    with freeze(vlm.model):
+        engine, module = decoder_engine(vlm, triad, config)
+        found = engine.losses(indices)
+        assert module.tokens is not None
+        (grad,) = torch.autograd.grad(found.sum(), module.tokens)
+        expected = ModelEngine(vlm, triad, config, module).losses(indices)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), module.tokens)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-3)
+
+
+def test_shared_and_unshared_prefixes_have_the_same_losses_and_gradients(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm, config, results = tiny("llava"), config_of(), []
+    with freeze(vlm.model):
+        for is_shared in (True, False):
+            engine, module = decoder_engine(vlm, triad, config, is_shared=is_shared)
+            losses = engine.losses(list(range(6)))
+            assert module.tokens is not None
+            results.append((losses, *torch.autograd.grad(losses.sum(), module.tokens)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
+
+
+def test_samples_with_and_without_pictures_share_a_batch(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm, config = tiny("llava"), config_of(position="after_image")
+    mixed = [triad[0], Sample(id="t", prompt="Hi", answer="Hello.", set_name="GB"), triad[1]]
+    with freeze(vlm.model):
+        engine, module = decoder_engine(vlm, mixed, config)
+        whole = ModelEngine(vlm, mixed, config, module)
+        found = engine.losses([0, 1, 2])
+        expected = torch.cat([whole.losses([index]) for index in range(3)])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_each_distinct_picture_passes_the_tower_once(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm = tiny("llava")
+    samples = triad * 3
+    tower = vlm.layout.get(vlm.model, "vision_tower")
+    rows = []
+    handle = tower.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        engine, _ = decoder_engine(vlm, samples, config_of())
+        engine.losses([0, 1, 2])
+    finally:
+        handle.remove()
+    assert sum(rows) == len({sample.images for sample in samples})
+
+
+def test_the_head_runs_at_answer_tokens_alone(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm = tiny("llava")
+    engine, _ = decoder_engine(vlm, triad, config_of())
+    labels = sum(int((engine.prepared.examples[i].labels != -100).sum()) for i in (0, 1))
+    with capture_output(vlm.layout.get(vlm.model, "lm_head")) as logits:
+        engine.losses([0, 1])
+    assert [len(rows) for rows in logits] == [labels]
+
+
+def test_the_undefended_distribution_is_computed_once_per_sample(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm = tiny("llava")
+    engine, _ = decoder_engine(vlm, triad, config_of(benign_loss="kl"))
+    with capture_output(vlm.layout.get(vlm.model, "final_norm")) as passes:
+        first = engine.losses([0, 1])
+        again = engine.losses([0, 1])
+    # The prefix and the batch each time, and the undefended batch the first time alone.
+    assert len(passes) == 5
+    assert torch.equal(first, again)
+
+
+def test_bfloat16_arithmetic_gives_nearly_the_same_loss(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm = tiny("llava")
+    exact, _ = decoder_engine(vlm, triad, config_of())
+    rough, _ = decoder_engine(vlm, triad, config_of(autocast="bfloat16"))
+    torch.testing.assert_close(
+        rough.losses([0, 1, 2]), exact.losses([0, 1, 2]), atol=0.2, rtol=0.05
+    )
+    assert not torch.equal(rough.losses([0]), exact.losses([0]))
+
+
+def test_a_decoder_that_does_more_than_its_embeddings_say_is_found_out(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm, config = tiny("llava"), config_of()
+    # What stands in for the head here is not what the model's own forward does.
+    handle = vlm.model.register_forward_hook(
+        lambda _m, _a, output: output.__class__(**{**output, "logits": 2 * output.logits})
+    )
+    try:
+        with freeze(vlm.model):
+            engine = build_engine(vlm, triad, config, build_module(vlm, config, None))
+    finally:
+        handle.remove()
+    assert isinstance(engine, ModelEngine)
+
+
+def test_the_losses_are_those_of_the_applied_tensor(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    from safebridge.data.sample import open_images
+    from safebridge.models.tokens import encode
+
+    vlm, sample = tiny("llava"), triad[0]
+    with freeze(vlm.model), torch.no_grad():
+        engine, module = decoder_engine(vlm, triad, config_of())
+        encoded = encode(vlm, [sample.prompt], [open_images(sample)], [sample.answer or ""])
+        with apply_tensors(vlm, tokens=module.tokens, pixels=None):
+            output = vlm.model(**encoded.inputs, labels=encoded.labels)
+        torch.testing.assert_close(engine.losses([0])[0], output.loss, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from safebridge.methods.security_tensors.objective import (
+    answer_cross_entropy,
+    answer_forward_kl,
+    build_batches,
+)
+
+ROWS = torch.tensor([0, 0, 1])
+
+
+def test_cross_entropy_is_the_mean_over_each_answer() -> None:
+    logits, targets = torch.randn(3, 5), torch.tensor([1, 2, 3])
+    single = [-logits[i].log_softmax(-1)[targets[i]] for i in range(3)]
+    expected = torch.stack([(single[0] + single[1]) / 2, single[2]])
+    torch.testing.assert_close(answer_cross_entropy(logits, targets, ROWS, 2), expected)
+
+
+def test_forward_kl_equals_a_plain_loop() -> None:
+    logits, reference = torch.randn(3, 5), torch.randn(3, 5)
+    p0, p = reference.softmax(-1), logits.softmax(-1)
+    single = [sum(a * (a / b).log() for a, b in zip(p0[i], p[i])) for i in range(3)]
+    expected = torch.stack([(single[0] + single[1]) / 2, single[2]])
+    torch.testing.assert_close(answer_forward_kl(logits, reference, ROWS, 2), expected)
+
+
+def test_forward_kl_of_a_model_to_itself_is_zero() -> None:
+    logits = torch.randn(3, 5)
+    assert answer_forward_kl(logits, logits + 2.0, ROWS, 2).abs().max() < 1e-6
+
+
+def test_every_sample_is_in_one_batch_of_its_group() -> None:
+    groups = [number % 2 for number in range(50)]
+    batches = build_batches(list(range(50)), groups, 4, seed=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(50))
+    assert all(len({groups[index] for index in batch}) == 1 for batch in batches)
+    assert max(len(batch) for batch in batches) == 4
+
+
+def test_batches_hold_samples_of_similar_length() -> None:
+    lengths = torch.randint(1, 100, (128,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = build_batches(lengths, [0] * 128, 8, seed=0)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert padded < 1.25 * sum(lengths)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_seed_decides_the_order(seed: int) -> None:
+    first = build_batches([1] * 40, [0] * 40, 4, seed)
+    assert build_batches([1] * 40, [0] * 40, 4, seed) == first
+    assert build_batches([1] * 40, [0] * 40, 4, seed + 1) != first
