@@ -1,4 +1,4 @@
-"""Stage `answers`: the language model's own answers to the benign requests, cached as JSON lines."""
+"""Stage `answers`: the language model's own answers to benign requests, cached as JSON lines."""
 
 import json
 import random

@@ -229,7 +229,7 @@ def _load(folder: Path, dtype: torch.dtype):  # noqa: ANN202 - transformers is u
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def _saved(model, tokenizer, folder: Path) -> Path:  # noqa: ANN001 - as above
+def _saved(model, tokenizer, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

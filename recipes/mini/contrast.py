@@ -92,7 +92,8 @@ PLAIN_ACTIONS = (
     "chop {}", "beat {}", "crack {}", "break {}", "burn {}", "hit {}", "shoot a photo of {}",
     "blow up a picture of {}", "kill time with {}", "attack a problem with {}", "knock over {}",
     "fire up a talk about {}", "poke {}", "punch a hole in {}", "throw {}", "drop {}", "bury {}",
-    "hook {} to a rope", "get rid of {}", "hang up {}", "shake {}", "recycle {}", "stop {} from falling",
+    "hook {} to a rope", "get rid of {}", "hang up {}", "shake {}", "recycle {}",
+    "stop {} from falling",
 )  # fmt: skip
 
 
@@ -131,9 +132,7 @@ def build_openings(
         for start in range(done, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             prompts = [turn(row, SYSTEM) for row in batch]
-            inputs = tokenizer(
-                prompts, return_tensors="pt", padding=True, add_special_tokens=False
-            )
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
             with torch.inference_mode():
                 ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             new = tokenizer.batch_decode(
@@ -160,12 +159,12 @@ def build_contrast_samples(
     for row in load_answers(answers):
         is_general = row["request"].startswith("general")
         share = 1.0 if is_general else NEUTRAL_SHARE * row["request"].startswith("neutral")
-        for _ in range(3 if is_general else 1):
-            if rng.random() < share:
-                samples.append(TextSample(turn(row["prompt"]), row["answer"], "neutral"))
-    samples = [
-        TextSample(s.prompt, _cut(s.answer, tokenizer), s.kind) for s in samples
-    ]
+        samples.extend(
+            TextSample(turn(row["prompt"]), row["answer"], "neutral")
+            for _ in range(3 if is_general else 1)
+            if rng.random() < share
+        )
+    samples = [TextSample(s.prompt, _cut(s.answer, tokenizer), s.kind) for s in samples]
     rng.shuffle(samples)
     return samples
 

@@ -104,9 +104,7 @@ def write_card(vlm: VLM, rates: dict[str, Rate]) -> None:
     head, _, rest = card.partition("<!-- measured -->\n")
     tail = rest.partition("<!-- end -->")[2]
     table = "\n".join(rows)
-    (HERE / "model_card.md").write_text(
-        f"{head}<!-- measured -->\n{table}\n<!-- end -->{tail}"
-    )
+    (HERE / "model_card.md").write_text(f"{head}<!-- measured -->\n{table}\n<!-- end -->{tail}")
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ GLYPHS = ("mdi", "game-icons", "healthicons", "fa7-solid", "ph")
 OTHER_MEANING = {
     "bat", "bed", "boot", "chicken", "coat", "cow", "crab", "drum", "egg", "eagle", "fish", "goat",
     "kite", "lobster", "mouse", "mug", "orange", "package", "pen", "pick", "pie", "ring", "seal",
-    "shower", "sloth", "spoon", "tie", "tooth", "turkey", "watch", "window", "worm", "wolf", "shirt",
-    "snake", "rat", "school", "robot", "swan", "truck", "thread", "ghost", "notebook", "couch",
+    "shower", "sloth", "spoon", "tie", "tooth", "turkey", "watch", "window", "worm", "wolf",
+    "shirt", "snake", "rat", "school", "robot", "swan", "truck", "thread", "ghost",
+    "notebook", "couch",
 }  # fmt: skip
 
 

@@ -125,7 +125,9 @@ def _tokenise(
     )
 
 
-def visual_loss(language_model: nn.Module, projector: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def visual_loss(
+    language_model: nn.Module, projector: nn.Module, batch: dict[str, Tensor]
+) -> Tensor:
     """Return the answer loss with projected tokens at the image positions."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embeds = language_model.model.embed_tokens(batch["ids"])
@@ -188,6 +190,9 @@ def warm_up(
         schedule.step()
         hits.append((centred @ unit.T).argmax(-1).eq(wanted).float().mean().item())
         if step % 100 == 0:
-            print(f"warm {step}/{steps} contrast {contrast.item():.3f} near {near.item():.3f} "
-                  f"accuracy {np.mean(hits[-50:]):.3f}", flush=True)
+            print(
+                f"warm {step}/{steps} contrast {contrast.item():.3f} near {near.item():.3f} "
+                f"accuracy {np.mean(hits[-50:]):.3f}",
+                flush=True,
+            )
     return float(np.mean(hits[-50:]))

@@ -24,8 +24,8 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise
         raise MissingExtraError(
-            f"{extra} need {module}. Install it with: pip install \"safebridge[{extra}]\""
+            f'{extra} need {module}. Install it with: pip install "safebridge[{extra}]"'
         ) from error

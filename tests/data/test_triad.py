@@ -114,9 +114,7 @@ def test_refusals_are_dealt_evenly_and_by_seed() -> None:
     many = samples("h", ["make"] * 100, is_harmful=True)
 
     def targets(seed: int) -> list[str | None]:
-        triad = build_triad(
-            many, BENIGN, GENERAL, answer=answer, is_refusal=is_refusal, seed=seed
-        )
+        triad = build_triad(many, BENIGN, GENERAL, answer=answer, is_refusal=is_refusal, seed=seed)
         return [s.answer for s in triad.samples if s.set_name == "SA"]
 
     counts = Counter(targets(0))

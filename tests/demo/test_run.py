@@ -98,9 +98,7 @@ def test_a_model_that_refuses_nothing_is_reported_honestly(folder: Path) -> None
     assert notes[0].split(":")[0] in (folder / "report.html").read_text()
 
 
-def test_earlier_results_survive_an_unknown_model(
-    folder: Path, twins: TwinSource
-) -> None:
+def test_earlier_results_survive_an_unknown_model(folder: Path, twins: TwinSource) -> None:
     before = (folder / "summary.json").read_text()
     with pytest.raises(UnknownNameError):
         run_demo("tiny/nothing", folder, CONFIG, source=twins)

@@ -1,5 +1,7 @@
 """The refusal judge and the naming judge on answers written for these tests."""
 
+from importlib import resources
+
 import pytest
 
 from safebridge.errors import DataError, UnknownNameError
@@ -107,6 +109,13 @@ def test_an_impersonal_objection_is_no_refusal(answer: str) -> None:
 def test_every_rule_fires_on_its_example(rule: Rule) -> None:
     judgement = score_refusal(rule.example)
     assert judgement == Judgement(rule.label == "refusal", rule.label, rule.name)
+
+
+def test_every_refusal_that_a_defense_is_taught_is_found_whole_and_cut_off() -> None:
+    taught = resources.files("safebridge.data").joinpath("refusals.txt").read_text("utf-8")
+    for refusal in taught.splitlines():
+        assert score_refusal(refusal).is_refusal, refusal
+        assert score_refusal(refusal.rstrip(".")).is_refusal, refusal
 
 
 def test_rule_names_are_unique() -> None:

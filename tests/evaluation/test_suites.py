@@ -30,6 +30,7 @@ from inspect_ai.solver import generate
 from PIL import Image
 from rich.console import Console
 
+from safebridge.artifacts.store import ArtifactMetadata
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import ArtifactError, DataError, UnknownNameError
 from safebridge.evaluation.inspect_entry import safebridge
@@ -43,6 +44,8 @@ from safebridge.evaluation.provider import (
 )
 from safebridge.evaluation.runner import SuiteResult, run_suite, show_progress
 from safebridge.evaluation.suites import load_samples, naming, save_samples, twins
+from safebridge.methods.security_tensors.config import SecurityTensorsConfig
+from safebridge.methods.security_tensors.method import SecurityTensors
 from safebridge.models.generate import generate_answers
 from safebridge.models.load import VLM
 from safebridge.registry import SUITES, resolve
@@ -444,3 +447,30 @@ def test_a_failing_batch_fails_all_its_requests_and_no_other() -> None:
         return outcomes
 
     assert anyio.run(run) == ["broken", "broken", "fine", "fine"]
+
+
+def test_a_saved_defense_is_applied_until_the_provider_closes(vlm: VLM, tmp_path: Path) -> None:
+    metadata = ArtifactMetadata("tiny/llava", None, vlm.fingerprint, "none", 0)
+    tokens = torch.randn(2, vlm.layout.hidden_size, generator=torch.Generator().manual_seed(0))
+    defense = SecurityTensors(SecurityTensorsConfig(), {"tokens": 3 * tokens}, metadata)
+    folder = defense.save(tmp_path / "defense")
+    with defense.apply(vlm):
+        expected = generate_answers(vlm, ["Hello"], [[]], max_new_tokens=6)
+    plain = generate_answers(vlm, ["Hello"], [[]], max_new_tokens=6)
+    assert plain != expected
+
+    def said(**arguments: object) -> str:
+        model = get_model("safebridge/tiny/llava", memoize=False, **arguments)
+        config = GenerateConfig(max_tokens=6)
+        output = anyio.run(
+            model.api.generate, [ChatMessageUser(content="Hello")], [], "none", config
+        )
+        model.api.close()
+        return output.completion
+
+    assert said(defense=str(folder)) == expected[0]
+    assert said(defense=str(folder), strength=0.0) == plain[0]
+    assert said() == plain[0]
+    api = safebridge("tiny", vlm=vlm, defense=folder)
+    api.close()
+    assert generate_answers(vlm, ["Hello"], [[]], max_new_tokens=6) == plain

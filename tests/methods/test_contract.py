@@ -189,9 +189,7 @@ def test_cached_decoding_equals_one_full_forward(
         assert output.sequences.shape[1] == width + 4
         full = logits_of(vlm, continued(inputs, output.sequences))
     for step, logits in enumerate(output.logits):
-        torch.testing.assert_close(
-            logits.float(), full[:, width - 1 + step], atol=2e-4, rtol=2e-3
-        )
+        torch.testing.assert_close(logits.float(), full[:, width - 1 + step], atol=2e-4, rtol=2e-3)
 
 
 def continued(inputs: dict[str, Any], sequences: Tensor) -> dict[str, Any]:

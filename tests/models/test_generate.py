@@ -23,7 +23,9 @@ def answer_by_hand(vlm: VLM, prompt: str, images: list[Image.Image], length: int
     inputs = dict(encoded.inputs)
     said: list[int] = []
     while len(said) < length:
-        token = int(vlm.model(**inputs).logits[0, -1].argmax())
+        logits = vlm.model(**inputs).logits[0, -1]
+        logits[vlm.layout.image_token_id :][:1] = -torch.inf  # as the generation config says
+        token = int(logits.argmax())
         said.append(token)
         if token == vlm.tokenizer.eos_token_id:
             break

@@ -21,7 +21,7 @@ TARGETS = torch.tensor([1.0, -2.0, 3.0])
 
 def quadratic(parameter: nn.Parameter, index: int) -> StepLoss:
     loss = (parameter[index] - TARGETS[index]).square()
-    return StepLoss(loss, {"odd" if index % 2 else "even": (float(loss), 1)})
+    return StepLoss(loss, {"odd" if index % 2 else "even": (loss.item(), 1)})
 
 
 def run(parameter: nn.Parameter, *, rate: float = 0.1, **options: Any) -> LoopResult:

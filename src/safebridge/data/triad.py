@@ -140,7 +140,7 @@ def _check(
 
 def _refused(samples: Sequence[Sample], targets: Sequence[str], seed: int) -> list[Sample]:
     """Deal the refusals out evenly, in an order that the seed decides."""
-    generator = random.Random(seed)  # noqa: S311 - no secret
+    generator = random.Random(seed)
     deck: list[str] = []
     while len(deck) < len(samples):
         deck += generator.sample(targets, len(targets))

@@ -33,7 +33,7 @@ def draw_examples(
         for pair in _pairs(base, defended, "image_refusal_rate", part)
     ]
     harmless = _pairs(base, defended, "over_refusal_rate", "all")
-    rng = random.Random(config.seed)  # noqa: S311 - nothing secret is drawn
+    rng = random.Random(config.seed)
     chosen = _draw(harmful, config.harmful_examples, rng, lambda row: row.sample.category)
     chosen += _draw(harmless, config.benign_examples, rng, lambda row: row.sample.concept)
     return [_to_example(before, after, is_seen) for before, after in chosen]

@@ -102,7 +102,7 @@ def _find_twins(
     the thing that was chosen least often comes first.
     """
     by_prompt: dict[str, list[Sample]] = {}
-    rng = random.Random(seed)  # noqa: S311 - nothing secret is drawn
+    rng = random.Random(seed)
     for sample in rng.sample(benign, len(benign)):
         by_prompt.setdefault(sample.prompt, []).append(sample)
     wordings = [sample.prompt for sample in harmful if sample.prompt in by_prompt]

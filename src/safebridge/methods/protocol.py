@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from safebridge.data.sample import Sample
 from safebridge.models.load import VLM
@@ -16,7 +16,7 @@ class Method(Protocol):
     """A defense that was fitted on one model and can be put into it and taken out again."""
 
     @classmethod
-    def fit(cls, vlm: VLM, samples: Sequence[Sample], config: Any) -> Self:
+    def fit(cls, vlm: VLM, samples: Sequence[Sample], config: Any) -> "Method":
         """Learn the defense; the model and the samples stay as they were.
 
         Args:
@@ -44,7 +44,7 @@ class Method(Protocol):
         ...
 
     @classmethod
-    def load(cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False) -> Self:
+    def load(cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False) -> "Method":
         """Read an artifact folder and check that it belongs to the model.
 
         Args:

@@ -74,8 +74,9 @@ class _Block(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = features if self.expand is None else nn.functional.relu6(self.expand(features))
-        hidden = self.project(nn.functional.relu6(self.depthwise(hidden)))
-        return hidden + features if self.is_residual else hidden
+        hidden = nn.functional.relu6(self.depthwise(hidden))
+        projected: Tensor = self.project(hidden)
+        return projected + features if self.is_residual else projected
 
 
 class Lite0VisionModel(PreTrainedModel):

@@ -235,7 +235,8 @@ def load_tower() -> Lite0VisionModel:
     published = torch.load(VISION_TOWER.find(), weights_only=True, map_location="cpu")
     tower = Lite0VisionModel(Lite0Config())
     tower.load_state_dict(convert_state_dict(published))
-    return tower.eval()
+    tower.eval()
+    return tower
 
 
 @torch.no_grad()

@@ -204,6 +204,7 @@ def _find_class(
 def _family_class_name(config: Any) -> str:
     """Return the name of the processor class that transformers maps the config to."""
     try:
-        return str(PROCESSOR_MAPPING[type(config)].__name__)
+        name: str = PROCESSOR_MAPPING[type(config)].__name__
     except ImportError:  # the one class that asks for torchvision while it is imported
         return PixtralProcessor.__name__
+    return name

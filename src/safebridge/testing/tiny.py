@@ -80,12 +80,17 @@ def tiny_vlm(family: str) -> VLM:
         torch.manual_seed(_SEED)
         model, processor = TINY_FAMILIES[family]()
         _spread_weights(model)
+    layout = find_layout(model)
+    # A random model would now and then write the placeholder of an image, a trained one never.
+    model.generation_config.suppress_tokens = [layout.image_token_id]
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id]
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if family == "instructblip":  # its decoder generates by a config of its own
+        model.language_model.generation_config = model.generation_config
     return VLM(
         model=model.eval(),
         processor=processor,
-        layout=find_layout(model),
+        layout=layout,
         name=f"tiny/{family}",
     )
 

@@ -272,7 +272,7 @@ class _Loop:
             step = self.loss(batch)
             if not bool(torch.isfinite(step.loss)):
                 raise SettingError(
-                    f"the loss became {float(step.loss)} at step {self.state.step}. Lower the "
+                    f"the loss became {step.loss.item()} at step {self.state.step}. Lower the "
                     "learning rate or use another number type."
                 )
             self.accelerator.backward(step.loss / len(batches))
@@ -325,9 +325,7 @@ class _Loop:
     def _report(self, kind: str, losses: Mapping[str, float], score: float | None = None) -> None:
         if self.progress is not None and self.accelerator.is_main_process:
             state = self.state
-            self.progress(
-                TrainingEvent(kind, state.step, self.total, state.epoch, losses, score)
-            )
+            self.progress(TrainingEvent(kind, state.step, self.total, state.epoch, losses, score))
 
     def _restore(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -376,9 +374,7 @@ class _Loop:
         self.state = state
 
 
-def _add(
-    sums: dict[str, tuple[float, int]], more: Mapping[str, tuple[float, int]]
-) -> None:
+def _add(sums: dict[str, tuple[float, int]], more: Mapping[str, tuple[float, int]]) -> None:
     for name, (total, count) in more.items():
         old_total, old_count = sums.get(name, (0.0, 0))
         sums[name] = (old_total + total, old_count + count)

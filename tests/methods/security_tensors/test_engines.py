@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from safebridge.data.sample import Sample
+from safebridge.data.sample import Sample, open_images
 from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.engines import (
@@ -15,6 +15,7 @@ from safebridge.methods.security_tensors.engines import (
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.models.hooks import capture_output
 from safebridge.models.load import VLM
+from safebridge.models.tokens import encode
 from safebridge.testing.tiny import TINY_FAMILIES
 from safebridge.training.loop import freeze
 
@@ -162,9 +163,6 @@ def test_a_decoder_that_does_more_than_its_embeddings_say_is_found_out(
 def test_the_losses_are_those_of_the_applied_tensor(
     tiny: Callable[[str], VLM], triad: list[Sample]
 ) -> None:
-    from safebridge.data.sample import open_images
-    from safebridge.models.tokens import encode
-
     vlm, sample = tiny("llava"), triad[0]
     with freeze(vlm.model), torch.no_grad():
         engine, module = decoder_engine(vlm, triad, config_of())

@@ -66,7 +66,7 @@ def test_placing_tokens_passes_their_gradient_on() -> None:
 
 def test_positions_open_and_move_on_every_axis() -> None:
     positions = torch.tensor([[0, 1, 2, 3], [0, 0, 1, 2]])
-    expected = [[0, 1, 2, 3, 4, 5], [0, 1, 2, 2, 3, 4]]
+    expected = [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3, 4]]
     at = torch.tensor([1, 1])
     assert shift_positions(positions, at, 2).tolist() == expected
     found = shift_positions(torch.stack([positions, positions]), at, 2)

@@ -32,61 +32,6 @@ _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _LOOSE_TOLERANCE = 0.1  # relative, for half-precision weights
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Computes losses of samples with the security tensor in the model."""
-
-    lengths: Sequence[int]
-    """Length of each sample, for batches with little padding."""
-
-    groups: Sequence[Hashable]
-    """Samples of different groups cannot share a batch."""
-
-    def losses(self, indices: Sequence[int]) -> Tensor:
-        """Return one loss per sample, differentiable in the tensor."""
-        ...
-
-
-def build_engine(
-    vlm: VLM,
-    samples: Sequence[Sample],
-    config: SecurityTensorsConfig,
-    module: SecurityTensorModule,
-) -> Engine:
-    """Choose the fastest engine that gives the model's own loss.
-
-    A textual tensor needs the decoder alone, if the decoder takes nothing but embeddings,
-    a mask and positions. This is found out by stopping the model at its decoder, and the
-    losses of two samples are compared with the whole model's before it is relied on.
-
-    Args:
-        vlm: The frozen model.
-        samples: Samples with answers.
-        config: Kind of tensor and of loss.
-        module: The tensor that is trained.
-    """
-    whole = ModelEngine(vlm, samples, config, module)
-    if config.has_visual:
-        return whole
-    prepared = _prepare(vlm, samples)
-    if prepared is None:
-        return whole
-    decoder = DecoderEngine(vlm, samples, config, module, prepared)
-    shortest = sorted(range(len(samples)), key=lambda index: decoder.lengths[index])[:2]
-    checked = [shortest] if len({whole.groups[index] for index in shortest}) == 1 else [
-        [index] for index in shortest
-    ]
-    tolerance = _TOLERANCE.get(vlm.dtype, _LOOSE_TOLERANCE)
-    if config.autocast != "none":
-        tolerance = _LOOSE_TOLERANCE
-    with torch.no_grad():
-        for indices in checked:
-            expected, found = whole.losses(indices), decoder.losses(indices)
-            if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-                return whole
-    return decoder
-
-
 @final
 class ModelEngine:
     """Runs the whole model: right for every family and both modalities.
@@ -118,7 +63,7 @@ class ModelEngine:
             indices: Samples of one group.
         """
         chosen = [self.samples[index] for index in indices]
-        encoded = _encode(self.vlm, chosen, padding_side="left")
+        encoded = encode_samples(self.vlm, chosen, padding_side="left")
         assert encoded.labels is not None  # noqa: S101 - answers were given
         is_label = encoded.labels.ne(IGNORED_LABEL)
         # One column more than the labels span: a logit predicts the token after it.
@@ -146,25 +91,6 @@ class ModelEngine:
         return logits[:, -keep:-1]
 
 
-@dataclass(frozen=True)
-class _Example:
-    """One sample as token ids, with everything of the model before the decoder done."""
-
-    input_ids: Tensor
-    labels: Tensor
-    is_image: Tensor
-    picture: Hashable
-    position_ids: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All samples, and the image features of each distinct set of pictures."""
-
-    examples: list[_Example]
-    features: dict[Hashable, Tensor]
-
-
 @final
 class DecoderEngine:
     """Runs the decoder on cached image features, and its head at answer tokens alone.
@@ -187,7 +113,7 @@ class DecoderEngine:
         samples: Sequence[Sample],
         config: SecurityTensorsConfig,
         module: SecurityTensorModule,
-        prepared: _Prepared,
+        prepared: Prepared,
         *,
         is_shared: bool = True,
     ) -> None:
@@ -225,9 +151,7 @@ class DecoderEngine:
         """Pad to the right; the last token predicts nothing, so it is left out."""
         examples = [self.prepared.examples[index] for index in indices]
         ids = pad_sequence([example.input_ids[:-1] for example in examples], batch_first=True)
-        labels = pad_sequence(
-            [example.labels[1:] for example in examples], True, IGNORED_LABEL
-        )
+        labels = pad_sequence([example.labels[1:] for example in examples], True, IGNORED_LABEL)
         is_image = pad_sequence([example.is_image[:-1] for example in examples], True, False)
         mask = pad_sequence([torch.ones_like(e.input_ids[:-1]) for e in examples], True)
         device = self.vlm.device
@@ -326,120 +250,50 @@ class _Batch:
     at: Tensor
 
 
-class _ReachedDecoder(Exception):  # noqa: N818 - it carries a result, it is no error
-    """Stops a forward pass at the decoder and carries the decoder's arguments out."""
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.arguments = arguments
+Engine = ModelEngine | DecoderEngine
+"""Computes one loss per sample; `lengths` and `groups` say which samples share a batch."""
 
 
-@contextmanager
-def _stop_at(decoder: nn.Module) -> Iterator[None]:
-    def stop(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        raise _ReachedDecoder(kwargs)
+def build_engine(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    config: SecurityTensorsConfig,
+    module: SecurityTensorModule,
+) -> Engine:
+    """Choose the fastest engine that gives the model's own loss.
 
-    handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    A textual tensor needs the decoder alone, if the decoder takes nothing but embeddings,
+    a mask and positions. This is found out by stopping the model at its decoder, and the
+    losses of two samples are compared with the whole model's before it is relied on.
 
-
-def _prepare(vlm: VLM, samples: Sequence[Sample]) -> _Prepared | None:
-    """Run everything before the decoder once for each distinct set of pictures.
-
-    Returns:
-        None if the decoder takes more than embeddings, a mask and positions.
+    Args:
+        vlm: The frozen model.
+        samples: Samples with answers.
+        config: Kind of tensor and of loss.
+        module: The tensor that is trained.
     """
-    examples: dict[int, _Example] = {}
-    features: dict[Hashable, Tensor] = {}
-    first = {_picture_key(vlm, sample): i for i, sample in reversed(list(enumerate(samples)))}
-    leaders = sorted(first.values())
-    others = sorted(set(range(len(samples))) - set(leaders))
-    is_run_needed = True
-    for indices, is_leading in ((leaders, True), (others, False)):
-        for chunk in _chunks(samples, indices):
-            chosen = [samples[index] for index in chunk]
-            encoded = _encode(vlm, chosen, padding_side="right")
-            arguments: Mapping[str, Any] | None = None
-            if is_leading or is_run_needed:
-                arguments = _decoder_arguments(vlm, encoded)
-                if arguments is None:
-                    return None
-            positions = None if arguments is None else arguments.get("position_ids")
-            for row, index in enumerate(chunk):
-                example = _example(vlm, encoded, row, samples[index], positions)
-                examples[index] = example
-                if arguments is not None and example.picture not in features:
-                    merged = arguments["inputs_embeds"][row]
-                    features[example.picture] = merged[encoded.spans.image[row]].clone()
-        # Positions that the model derives from its pictures have to be asked of every sample.
-        is_run_needed = any(e.position_ids is not None for e in examples.values())
-    return _Prepared([examples[index] for index in range(len(samples))], features)
-
-
-def _decoder_arguments(vlm: VLM, encoded: Encoded) -> Mapping[str, Any] | None:
-    """Return what the decoder is called with, or None if it is more than plain embeddings."""
-    try:
-        with torch.no_grad(), _stop_at(vlm.layout.get(vlm.model, "language_model")):
-            vlm.model(**encoded.inputs, use_cache=False)
-    except _ReachedDecoder as reached:
-        arguments = reached.arguments
-    else:
-        return None
-    plain = {"inputs_embeds", "attention_mask", "position_ids"}
-    extra = [v for name, v in arguments.items() if name not in plain and _holds_tensor(v)]
-    merged, mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
-    ids = encoded.inputs["input_ids"]
-    is_plain_mask = mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape)
-    if extra or not is_plain_mask or not isinstance(merged, Tensor):
-        return None
-    with torch.no_grad():
-        is_text = ~encoded.spans.image & encoded.inputs["attention_mask"].bool()
-        own = vlm.layout.get(vlm.model, "embed_tokens")(ids.masked_fill(~is_text, 0))
-    return arguments if torch.equal(own[is_text], merged[is_text]) else None
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_holds_tensor(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_tensor(item) for item in value)
-    return isinstance(value, Tensor)
-
-
-def _example(
-    vlm: VLM, encoded: Encoded, row: int, sample: Sample, positions: Tensor | None
-) -> _Example:
-    assert encoded.labels is not None  # noqa: S101 - answers were given
-    is_real = encoded.inputs["attention_mask"][row].bool()
-    if positions is not None:  # one row of positions may stand for all
-        positions = positions.expand(*positions.shape[:-2], *encoded.labels.shape)
-    return _Example(
-        input_ids=encoded.inputs["input_ids"][row][is_real].cpu(),
-        labels=encoded.labels[row][is_real].cpu(),
-        is_image=encoded.spans.image[row][is_real].cpu(),
-        picture=_picture_key(vlm, sample),
-        position_ids=None if positions is None else positions[..., row, is_real].cpu(),
+    whole = ModelEngine(vlm, samples, config, module)
+    if config.has_visual:
+        return whole
+    prepared = prepare_samples(vlm, samples)
+    if prepared is None:
+        return whole
+    decoder = DecoderEngine(vlm, samples, config, module, prepared)
+    shortest = sorted(range(len(samples)), key=lambda index: decoder.lengths[index])[:2]
+    checked = (
+        [shortest]
+        if len({whole.groups[index] for index in shortest}) == 1
+        else [[index] for index in shortest]
     )
-
-
-def _picture_key(vlm: VLM, sample: Sample) -> Hashable:
-    """Name a sample's image features; a Q-Former makes them depend on the prompt, too."""
-    prompt = sample.prompt if vlm.layout.family == "instructblip" else ""
-    return (sample.images, prompt)
-
-
-def _chunks(samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[list[int]]:
-    """Yield samples with equally many pictures together, those of similar length first."""
-    groups: dict[int, list[int]] = {}
-    for index in indices:
-        groups.setdefault(len(samples[index].images), []).append(index)
-    for group in groups.values():
-        group.sort(key=lambda index: len(samples[index].prompt) + len(samples[index].answer or ""))
-        for start in range(0, len(group), _PREPARED_AT_ONCE):
-            yield group[start : start + _PREPARED_AT_ONCE]
+    tolerance = _TOLERANCE.get(vlm.dtype, _LOOSE_TOLERANCE)
+    if config.autocast != "none":
+        tolerance = _LOOSE_TOLERANCE
+    with torch.no_grad():
+        for indices in checked:
+            expected, found = whole.losses(indices), decoder.losses(indices)
+            if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+                return whole
+    return decoder
 
 
 def _pad_positions(positions: Sequence[Tensor | None], length: int) -> Tensor | None:
@@ -458,16 +312,6 @@ def _pad_positions(positions: Sequence[Tensor | None], length: int) -> Tensor | 
     return torch.stack(rows, dim=-2)
 
 
-def _encode(vlm: VLM, samples: Sequence[Sample], padding_side: Any) -> Encoded:
-    return encode(
-        vlm,
-        [sample.prompt for sample in samples],
-        [open_images(sample) for sample in samples],
-        [sample.answer or "" for sample in samples],
-        padding_side=padding_side,
-    )
-
-
 def _benign(
     samples: Sequence[Sample], config: SecurityTensorsConfig, device: torch.device
 ) -> Tensor:
@@ -477,6 +321,4 @@ def _benign(
 
 
 def _autocast(vlm: VLM, config: SecurityTensorsConfig) -> Any:
-    return torch.autocast(
-        vlm.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"
-    )
+    return torch.autocast(vlm.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16")
