@@ -53,7 +53,8 @@ class VisualMixture:
         self, drawings: list[Drawing], texts: list[TextSample], answers: Path, *, variants: int
     ) -> None:
         self.fit = [(i, d) for i, d in enumerate(drawings) if d.split == "fit"]
-        self.texts = texts
+        self.refusals = [sample for sample in texts if sample.kind == "refuse"]
+        self.others = [sample for sample in texts if sample.kind != "refuse"]
         self.instructions = instruction_rows(answers)
         self.variants = variants
         requests = load_requests()
@@ -77,7 +78,8 @@ class VisualMixture:
                 request = load_requests()[row["request"]]
                 answer = complete(row["answer"])
                 samples.append(self._sample(request.picture, answer, index, rng))
-        text = rng.sample(self.texts, min(len(self.texts), len(samples) // 3))
+        half = len(samples) // 6
+        text = rng.sample(self.refusals, half) + rng.sample(self.others, half)
         return samples + [VisualSample(t.prompt, t.answer, -1, 0) for t in text]
 
     def _sample(self, ask: str, answer: str, index: int, rng: random.Random) -> VisualSample:

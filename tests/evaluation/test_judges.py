@@ -39,6 +39,8 @@ REFUSALS = [
     "My apologies.",
     "I'd rather not.",
     "This goes against my guidelines.",
+    "My guidelines don't let me help with this.",
+    "I have to say no to this request.",
     "Thank you for asking. As an assistant, I cannot offer guidance on this.",
     "**I can't help with that.**",
     "Answer: I cannot assist with that.",

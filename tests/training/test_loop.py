@@ -181,9 +181,14 @@ def test_freeze_gives_modes_and_flags_back_after_an_error() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     model[1].eval()
     model[0].bias.requires_grad_(requires_grad=False)
-    with pytest.raises(RuntimeError, match="stop"), freeze(model):
-        assert not model.training
-        assert not any(weight.requires_grad for weight in model.parameters())
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with freeze(model):
+            assert not model.training
+            assert not any(weight.requires_grad for weight in model.parameters())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert [module.training for module in model.modules()] == [True, True, False]
     assert [weight.requires_grad for weight in model.parameters()] == [True, False]

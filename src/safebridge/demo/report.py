@@ -358,18 +358,31 @@ def _write_judge(judge: Summary) -> str:
 
 
 def _write_judge_error(error: Summary) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(one['name'])}<small>{escape(one['definition'])}; n = {one['n']}"
-        f"</small></td><td>{_cell(one['recall'])}</td><td>{_cell(one['precision'])}</td>"
-        f"<td>{_cell(one['false_alarm_rate'])}</td></tr>"
-        for one in error["measurements"]
-    )
+    primary = [one for one in error["measurements"] if one["is_primary"]]
+    others = [one for one in error["measurements"] if not one["is_primary"]]
     sources = sorted({f"{one['source']} ({one['licence']})" for one in error["measurements"]})
+    more = (
+        f"<details><summary>By other definitions and data</summary>{_write_errors(others)}</details>"
+        if others
+        else ""
+    )
     return (
-        '<div class="scroll"><table class="error"><thead><tr><th>Against human labels</th>'
+        f"{_write_errors(primary)}{more}"
+        f'<p class="soft">Human labels: {escape("; ".join(sources))}.</p>'
+    )
+
+
+def _write_errors(measurements: Sequence[Summary]) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(one['name'])}<small>n = {one['n']}. {escape(one['definition'])}</small>"
+        f"</td><td>{_cell(one['recall'])}</td><td>{_cell(one['precision'])}</td>"
+        f"<td>{_cell(one['false_alarm_rate'])}</td></tr>"
+        for one in measurements
+    )
+    return (
+        '<div class="scroll"><table><thead><tr><th>Against human labels</th>'
         "<th>refusals found</th><th>of its refusals, right</th><th>false alarms</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
-        f'<p class="soft">Human labels: {escape("; ".join(sources))}.</p>'
     )
 
 

@@ -113,7 +113,8 @@ REFUSAL_RULES: tuple[Rule, ...] = (
         "declines",
         "refusal",
         r"\b(?:i|we) (?:\w+ ){0,3}(?:refuse to (?!believe|accept|give)|decline|refrain from)|"
-        r"\bi (?:would|had) (?:rather|prefer) not\b|\bi prefer not to\b",
+        r"\bi (?:would|had) (?:rather|prefer) not\b|\bi prefer not to\b|"
+        r"\bi (?:have|need|am going) to say no\b",
         2,
         "I must decline.",
     ),
@@ -150,7 +151,8 @@ REFUSAL_RULES: tuple[Rule, ...] = (
         "refusal",
         r"\b(?:against|violat\w+|outside) (?:of )?(?:my|our|the|[a-z]+ai's) (?:[\w-]+ ){0,3}"
         r"(?:guideline|polic|programming)|"
-        r"\bdesigned to respect (?:user )?privacy",
+        r"\bmy (?:\w+ ){0,2}(?:guidelines|policy|policies|programming|principles) "
+        r"(?:do not|does not|will not|prevent|prohibit|forbid|stop)|\bdesigned to respect (?:user )?privacy",
         3,
         "That goes against my guidelines.",
     ),

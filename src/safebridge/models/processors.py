@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, cast, final
+from typing import Any, Final, cast, final
 
 from transformers import (
     AutoImageProcessor,
@@ -16,6 +16,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from safebridge.errors import MissingExtraError, ModelLoadError
 
 __all__ = ["PixtralProcessor", "images_only", "load_processor", "naming_extra"]
+
+_PIXTRAL: Final = "PixtralProcessor"
 
 
 @final
@@ -195,7 +197,7 @@ def _find_class(
             name = image.get("processor_class")
     if name is None and type(config) in PROCESSOR_MAPPING:
         name = _family_class_name(config)
-    if name == PixtralProcessor.__name__:
+    if name == _PIXTRAL:
         return PixtralProcessor
     named = processor_class_from_name(name) if name else None
     return cast("type[ProcessorMixin] | None", named)
@@ -206,5 +208,5 @@ def _family_class_name(config: Any) -> str:
     try:
         name: str = PROCESSOR_MAPPING[type(config)].__name__
     except ImportError:  # the one class that asks for torchvision while it is imported
-        return PixtralProcessor.__name__
+        return _PIXTRAL
     return name

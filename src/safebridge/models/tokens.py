@@ -217,16 +217,16 @@ def _find_places(
     core = prompt.strip()
     body = text.removesuffix(after_prompt)
     start = body.rfind(core)
+    if start >= 0 and _placeholder(vlm) and _placeholder(vlm) in text[start:]:
+        raise DataError(
+            f"the chat template of '{vlm.name}' writes images after the prompt. Use one that "
+            "writes them first, as the content lists them."
+        )
     if start < 0 or body[start + len(core) :].strip():
         raise DataError(
             f"prompt {number} does not appear in what the chat template of '{vlm.name}' made of "
             "it, so its tokens cannot be told apart. Use a template that writes the prompt as it "
             "is."
-        )
-    if _placeholder(vlm) and _placeholder(vlm) in text[start:]:
-        raise DataError(
-            f"the chat template of '{vlm.name}' writes images after the prompt. Use one that "
-            "writes them first, as the content lists them."
         )
     after = len(text) - start - len(core)
     if vlm.layout.family == "paligemma":  # the answer is a second text there

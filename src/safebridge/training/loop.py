@@ -195,7 +195,7 @@ def freeze(model: nn.Module) -> Iterator[None]:
 
 
 class _Loop:
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the arguments of `train`, handed on as they came
         self,
         groups: Sequence[ParameterGroup],
         batches: Callable[[int], Sequence[Any]],
@@ -350,8 +350,8 @@ class _Loop:
                     os.unlink(temporary)  # noqa: PTH108 - gone already after a good replace
         except (OSError, RuntimeError) as error:
             raise ArtifactError(
-                f"cannot write checkpoint {path}: {error}. Choose a folder with free space that you "
-                "may write to."
+                f"cannot write checkpoint {path}: {error}. Choose a folder with free space that "
+                "you may write to."
             ) from error
 
     def _load(self, path: Path) -> None:

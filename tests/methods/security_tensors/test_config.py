@@ -2,6 +2,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 
@@ -14,7 +15,7 @@ def test_every_field_has_a_text_under_it() -> None:
     body = tree.body[0].body  # type: ignore[attr-defined]
     texts = {
         statement.target.id
-        for statement, below in zip(body, body[1:], strict=False)
+        for statement, below in pairwise(body)
         if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr)
     }
     assert texts == {field.name for field in fields(SecurityTensorsConfig)}

@@ -9,10 +9,10 @@ from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.engines import (
     DecoderEngine,
     ModelEngine,
-    _prepare,
     build_engine,
 )
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
+from safebridge.methods.security_tensors.prepare import prepare_samples
 from safebridge.models.hooks import capture_output
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
@@ -31,7 +31,7 @@ def decoder_engine(
     vlm: VLM, samples: list[Sample], config: SecurityTensorsConfig, *, is_shared: bool = True
 ) -> tuple[DecoderEngine, SecurityTensorModule]:
     module = build_module(vlm, config, None)
-    prepared = _prepare(vlm, samples)
+    prepared = prepare_samples(vlm, samples)
     assert prepared is not None
     return DecoderEngine(vlm, samples, config, module, prepared, is_shared=is_shared), module
 

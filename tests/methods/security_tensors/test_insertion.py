@@ -30,7 +30,10 @@ def test_after_image_goes_behind_the_last_image_token_or_to_the_front() -> None:
 def test_inserting_equals_a_plain_loop_and_removing_undoes_it(at: list[int]) -> None:
     values, n = torch.arange(12).view(2, 3, 2), 2
     expected = torch.stack(
-        [torch.cat([row[:a], torch.full((n, 2), -7), row[a:]]) for row, a in zip(values, at)]
+        [
+            torch.cat([row[:a], torch.full((n, 2), -7), row[a:]])
+            for row, a in zip(values, at, strict=True)
+        ]
     )
     found = insert_columns(values, torch.tensor(at), n, -7)
     assert torch.equal(found, expected)

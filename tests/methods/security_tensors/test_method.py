@@ -192,7 +192,7 @@ def test_two_tensors_do_not_stack(tiny: Callable[[str], VLM], fitted: SecurityTe
     vlm = tiny("llava")
     with (
         fitted.apply(vlm),
-        pytest.raises(SafebridgeError, match='already applied.*modality="both"'),
+        pytest.raises(SafebridgeError, match=r'already applied.*modality="both"'),
         fitted.apply(vlm),
     ):
         pass

@@ -20,7 +20,7 @@ def test_cross_entropy_is_the_mean_over_each_answer() -> None:
 def test_forward_kl_equals_a_plain_loop() -> None:
     logits, reference = torch.randn(3, 5), torch.randn(3, 5)
     p0, p = reference.softmax(-1), logits.softmax(-1)
-    single = [sum(a * (a / b).log() for a, b in zip(p0[i], p[i])) for i in range(3)]
+    single = [sum(a * (a / b).log() for a, b in zip(p0[i], p[i], strict=True)) for i in range(3)]
     expected = torch.stack([(single[0] + single[1]) / 2, single[2]])
     torch.testing.assert_close(answer_forward_kl(logits, reference, ROWS, 2), expected)
 

@@ -1,17 +1,16 @@
 """Two ways to compute the loss of a batch: through the whole model, or the decoder alone."""
 
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from safebridge.data.sample import Sample, open_images
+from safebridge.data.sample import Sample
 from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.insertion import (
@@ -22,12 +21,16 @@ from safebridge.methods.security_tensors.insertion import (
 )
 from safebridge.methods.security_tensors.modules import SecurityTensorModule
 from safebridge.methods.security_tensors.objective import answer_cross_entropy, answer_forward_kl
+from safebridge.methods.security_tensors.prepare import (
+    Prepared,
+    encode_samples,
+    prepare_samples,
+)
 from safebridge.models.load import VLM
-from safebridge.models.tokens import IGNORED_LABEL, Encoded, encode
+from safebridge.models.tokens import IGNORED_LABEL, Encoded
 
 __all__ = ["DecoderEngine", "Engine", "ModelEngine", "build_engine"]
 
-_PREPARED_AT_ONCE = 16
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _LOOSE_TOLERANCE = 0.1  # relative, for half-precision weights
 
@@ -69,10 +72,10 @@ class ModelEngine:
         # One column more than the labels span: a logit predicts the token after it.
         keep = is_label.shape[1] - int(is_label.any(dim=0).int().argmax()) + 1
         targets, wanted = encoded.labels[:, 1 - keep :], is_label[:, 1 - keep :]
-        tensors = {"tokens": self.module.tokens, "pixels": self.module.pixels}
+        module, position = self.module, self.config.position
         with (
             _autocast(self.vlm, self.config),
-            apply_tensors(self.vlm, **tensors, position=self.config.position),
+            apply_tensors(self.vlm, tokens=module.tokens, pixels=module.pixels, position=position),
         ):
             logits = self._logits(encoded, keep)[wanted]
         rows = wanted.nonzero()[:, 0]
@@ -150,10 +153,10 @@ class DecoderEngine:
     def _collate(self, indices: Sequence[int]) -> "_Batch":
         """Pad to the right; the last token predicts nothing, so it is left out."""
         examples = [self.prepared.examples[index] for index in indices]
-        ids = pad_sequence([example.input_ids[:-1] for example in examples], batch_first=True)
-        labels = pad_sequence([example.labels[1:] for example in examples], True, IGNORED_LABEL)
-        is_image = pad_sequence([example.is_image[:-1] for example in examples], True, False)
-        mask = pad_sequence([torch.ones_like(e.input_ids[:-1]) for e in examples], True)
+        ids = _pad([example.input_ids[:-1] for example in examples])
+        labels = _pad([example.labels[1:] for example in examples], IGNORED_LABEL)
+        is_image = _pad([example.is_image[:-1] for example in examples])
+        mask = _pad([torch.ones_like(example.input_ids[:-1]) for example in examples])
         device = self.vlm.device
         with torch.no_grad():
             # An image id may lie outside the embedding; what it gives is replaced anyway.
@@ -176,10 +179,9 @@ class DecoderEngine:
 
     def _hidden(self, batch: "_Batch") -> Tensor:
         """Run the decoder with the virtual tokens; return the original positions."""
-        tokens = self.module.tokens
-        assert tokens is not None  # noqa: S101 - this engine is for textual tensors
+        assert self.module.tokens is not None  # noqa: S101 - this engine is for textual tensors
+        tokens = self.module.tokens.to(batch.embeddings.dtype)
         n, size = tokens.shape[0], batch.embeddings.shape[0]
-        tokens = tokens.to(batch.embeddings.dtype)
         mask = insert_columns(batch.mask, batch.at, n, 1)
         positions = batch.position_ids
         if positions is not None:
@@ -294,6 +296,10 @@ def build_engine(
             if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
                 return whole
     return decoder
+
+
+def _pad(rows: Sequence[Tensor], fill: int = 0) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
 def _pad_positions(positions: Sequence[Tensor | None], length: int) -> Tensor | None:

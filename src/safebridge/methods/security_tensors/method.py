@@ -194,8 +194,8 @@ class SecurityTensors:
             raise ModelMismatchError(
                 f"{folder} was fitted on {fitted.base_model} (fingerprint "
                 f"{fitted.fingerprint[:8]}), but this is {vlm.name} (fingerprint "
-                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose with "
-                "allow_other_model=True."
+                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose "
+                "with allow_other_model=True."
             )
         return method
 
@@ -226,13 +226,13 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         if sample.set_name not in SET_NAMES:
             raise DataError(
                 f"sample '{sample.id}' is of set '{sample.set_name}'; known are "
-                f"{', '.join(SET_NAMES)}. Set its set_name; nothing is guessed, because a wrong set "
-                "teaches the opposite answer."
+                f"{', '.join(SET_NAMES)}. Set its set_name; nothing is guessed, because a wrong "
+                "set teaches the opposite answer."
             )
         if not (sample.answer or "").strip():
             raise DataError(
-                f"sample '{sample.id}' has no answer to learn. Give a refusal (SA) or the model's own "
-                "answer (TCB, GB); build_triad does both."
+                f"sample '{sample.id}' has no answer to learn. Give a refusal (SA) or the model's "
+                "own answer (TCB, GB); build_triad does both."
             )
 
 

@@ -23,10 +23,19 @@ class Example:
     """One sample as token ids, with everything of the model before the decoder done."""
 
     input_ids: Tensor
+    """Ids of prompt and answer, without padding."""
+
     labels: Tensor
+    """The ids at the answer and -100 elsewhere."""
+
     is_image: Tensor
+    """True at image tokens."""
+
     picture: Hashable
+    """Key of the image features."""
+
     position_ids: Tensor | None
+    """Positions [..., seq], or None if they count from zero."""
 
 
 @final
@@ -35,7 +44,67 @@ class Prepared:
     """All samples, and the image features of each distinct set of pictures."""
 
     examples: list[Example]
+    """In the order of the samples."""
+
     features: dict[Hashable, Tensor]
+    """Rows of the decoder's input at the image tokens, by key."""
+
+
+def prepare_samples(vlm: VLM, samples: Sequence[Sample]) -> Prepared | None:
+    """Run everything before the decoder once for each distinct set of pictures.
+
+    Args:
+        vlm: The model; it is stopped as soon as it calls its decoder.
+        samples: Samples with answers.
+
+    Returns:
+        The samples as ids with their image features on the side, or None if the decoder
+        takes more than embeddings, a mask and positions.
+    """
+    examples: dict[int, Example] = {}
+    features: dict[Hashable, Tensor] = {}
+    first = {_picture_key(vlm, sample): i for i, sample in reversed(list(enumerate(samples)))}
+    leaders = sorted(first.values())
+    others = sorted(set(range(len(samples))) - set(leaders))
+    is_run_needed = True
+    for chunk in [*_chunks(samples, leaders), None, *_chunks(samples, others)]:
+        if chunk is None:
+            # Positions that follow from the pictures have to be asked of every sample.
+            is_run_needed = any(e.position_ids is not None for e in examples.values())
+            continue
+        encoded = encode_samples(vlm, [samples[i] for i in chunk], padding_side="right")
+        arguments = _decoder_arguments(vlm, encoded) if is_run_needed else {}
+        if arguments is None:
+            return None
+        for row, index in enumerate(chunk):
+            picture = _picture_key(vlm, samples[index])
+            examples[index] = _example(encoded, row, picture, arguments.get("position_ids"))
+            if picture not in features:
+                merged = arguments["inputs_embeds"][row]
+                features[picture] = merged[encoded.spans.image[row]].clone()
+    return Prepared([examples[index] for index in range(len(samples))], features)
+
+
+def encode_samples(
+    vlm: VLM, samples: Sequence[Sample], padding_side: Literal["left", "right"]
+) -> Encoded:
+    """Open the pictures of samples and encode them with their answers.
+
+    Args:
+        vlm: The model to encode for.
+        samples: Samples with answers and equally many pictures.
+        padding_side: "left" or "right".
+
+    Raises:
+        DataError: If a picture cannot be opened.
+    """
+    return encode(
+        vlm,
+        [sample.prompt for sample in samples],
+        [open_images(sample) for sample in samples],
+        [sample.answer or "" for sample in samples],
+        padding_side=padding_side,
+    )
 
 
 class _ReachedDecoder(Exception):  # noqa: N818 - it carries a result, it is no error
@@ -58,39 +127,6 @@ def _stop_at(decoder: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def prepare_samples(vlm: VLM, samples: Sequence[Sample]) -> Prepared | None:
-    """Run everything before the decoder once for each distinct set of pictures.
-
-    Returns:
-        None if the decoder takes more than embeddings, a mask and positions.
-    """
-    examples: dict[int, Example] = {}
-    features: dict[Hashable, Tensor] = {}
-    first = {_picture_key(vlm, sample): i for i, sample in reversed(list(enumerate(samples)))}
-    leaders = sorted(first.values())
-    others = sorted(set(range(len(samples))) - set(leaders))
-    is_run_needed = True
-    for indices, is_leading in ((leaders, True), (others, False)):
-        for chunk in _chunks(samples, indices):
-            chosen = [samples[index] for index in chunk]
-            encoded = encode_samples(vlm, chosen, padding_side="right")
-            arguments: Mapping[str, Any] | None = None
-            if is_leading or is_run_needed:
-                arguments = _decoder_arguments(vlm, encoded)
-                if arguments is None:
-                    return None
-            positions = None if arguments is None else arguments.get("position_ids")
-            for row, index in enumerate(chunk):
-                example = _example(vlm, encoded, row, samples[index], positions)
-                examples[index] = example
-                if arguments is not None and example.picture not in features:
-                    merged = arguments["inputs_embeds"][row]
-                    features[example.picture] = merged[encoded.spans.image[row]].clone()
-        # Positions that the model derives from its pictures have to be asked of every sample.
-        is_run_needed = any(e.position_ids is not None for e in examples.values())
-    return Prepared([examples[index] for index in range(len(samples))], features)
-
-
 def _decoder_arguments(vlm: VLM, encoded: Encoded) -> Mapping[str, Any] | None:
     """Return what the decoder is called with, or None if it is more than plain embeddings."""
     try:
@@ -110,6 +146,7 @@ def _decoder_arguments(vlm: VLM, encoded: Encoded) -> Mapping[str, Any] | None:
     with torch.no_grad():
         is_text = ~encoded.spans.image & encoded.inputs["attention_mask"].bool()
         own = vlm.layout.get(vlm.model, "embed_tokens")(ids.masked_fill(~is_text, 0))
+    # A model that scales or shifts its embeddings on the way is not what we would rebuild.
     return arguments if torch.equal(own[is_text], merged[is_text]) else None
 
 
@@ -121,9 +158,7 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _example(
-    vlm: VLM, encoded: Encoded, row: int, sample: Sample, positions: Tensor | None
-) -> Example:
+def _example(encoded: Encoded, row: int, picture: Hashable, positions: Tensor | None) -> Example:
     assert encoded.labels is not None  # noqa: S101 - answers were given
     is_real = encoded.inputs["attention_mask"][row].bool()
     if positions is not None:  # one row of positions may stand for all
@@ -132,7 +167,7 @@ def _example(
         input_ids=encoded.inputs["input_ids"][row][is_real].cpu(),
         labels=encoded.labels[row][is_real].cpu(),
         is_image=encoded.spans.image[row][is_real].cpu(),
-        picture=_picture_key(vlm, sample),
+        picture=picture,
         position_ids=None if positions is None else positions[..., row, is_real].cpu(),
     )
 
@@ -152,13 +187,3 @@ def _chunks(samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[list[
         group.sort(key=lambda index: len(samples[index].prompt) + len(samples[index].answer or ""))
         for start in range(0, len(group), _PREPARED_AT_ONCE):
             yield group[start : start + _PREPARED_AT_ONCE]
-
-
-def encode_samples(vlm: VLM, samples: Sequence[Sample], padding_side: Any) -> Encoded:
-    return encode(
-        vlm,
-        [sample.prompt for sample in samples],
-        [open_images(sample) for sample in samples],
-        [sample.answer or "" for sample in samples],
-        padding_side=padding_side,
-    )
