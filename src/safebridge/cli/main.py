@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from safebridge import __version__
 from safebridge.cli import ask, demo, info
 from safebridge.errors import SafebridgeError
 
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
-        return _print_version()
+        sys.stdout.write(f"safebridge {__version__}\n")
+        return EXIT_OK
     if arguments.command is None:
         parser.print_help()
         return EXIT_OK
@@ -108,10 +110,3 @@ def _discard_unwritten_output() -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
-
-
-def _print_version() -> int:
-    from importlib.metadata import version  # noqa: PLC0415 - slow, and rarely wanted
-
-    sys.stdout.write(f"safebridge {version('safebridge')}\n")
-    return EXIT_OK

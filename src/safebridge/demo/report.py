@@ -362,7 +362,8 @@ def _write_judge_error(error: Summary) -> str:
     others = [one for one in error["measurements"] if not one["is_primary"]]
     sources = sorted({f"{one['source']} ({one['licence']})" for one in error["measurements"]})
     more = (
-        f"<details><summary>By other definitions and data</summary>{_write_errors(others)}</details>"
+        "<details><summary>By other definitions and data</summary>"
+        f"{_write_errors(others)}</details>"
         if others
         else ""
     )

@@ -5,9 +5,10 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any, final
 
+from safebridge import __version__
 from safebridge.data.sample import Sample
 from safebridge.demo.source import Cell
 from safebridge.evaluation.calibration import load_judge_error
@@ -301,12 +302,9 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str]:
     """Return the versions of what computes the numbers."""
-    versions = {"python": platform.python_version()}
-    for name in ("safebridge", "torch", "transformers", "inspect-ai", "pillow", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"  # a source tree on the path
+    versions = {"python": platform.python_version(), "safebridge": __version__}
+    for name in ("torch", "transformers", "inspect-ai", "pillow", "numpy"):
+        versions[name] = version(name)
     return versions
 
 

@@ -152,7 +152,8 @@ REFUSAL_RULES: tuple[Rule, ...] = (
         r"\b(?:against|violat\w+|outside) (?:of )?(?:my|our|the|[a-z]+ai's) (?:[\w-]+ ){0,3}"
         r"(?:guideline|polic|programming)|"
         r"\bmy (?:\w+ ){0,2}(?:guidelines|policy|policies|programming|principles) "
-        r"(?:do not|does not|will not|prevent|prohibit|forbid|stop)|\bdesigned to respect (?:user )?privacy",
+        r"(?:do not|does not|will not|prevent|prohibit|forbid|stop)|"
+        r"\bdesigned to respect (?:user )?privacy",
         3,
         "That goes against my guidelines.",
     ),
