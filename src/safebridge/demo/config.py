@@ -15,14 +15,14 @@ class DemoConfig:
     seed: int = 0
     """Seed of the choice of samples, of the fit and of the bootstrap."""
 
-    harmful_samples: int = 120
+    harmful_samples: int = 100
     """Harmful requests measured as text, and as many as pictures, in the seen categories and
     again in the unseen ones."""
 
-    benign_samples: int = 140
+    benign_samples: int = 100
     """Harmless requests measured as text, and as many as pictures."""
 
-    naming_samples: int = 160
+    naming_samples: int = 100
     """Pictures whose content the model is asked to name."""
 
     max_new_tokens: int = 20
@@ -34,13 +34,13 @@ class DemoConfig:
     batch_size: int = 20
     """Requests answered at the same time while measuring."""
 
-    fit_harmful: int = 96
+    fit_harmful: int = 64
     """Harmful picture requests in the fit, each with a refusal as its answer (the set SA)."""
 
-    fit_twins: int = 96
+    fit_twins: int = 64
     """Harmless picture requests of the same wording, with the model's own answers (TCB)."""
 
-    fit_general: int = 48
+    fit_general: int = 32
     """General picture requests, with the model's own answers (GB)."""
 
     fit_answer_tokens: int = 32
@@ -83,14 +83,14 @@ class DemoConfig:
 
 
 FAST = DemoConfig(
-    harmful_samples=24,
-    benign_samples=30,
-    naming_samples=30,
-    fit_harmful=32,
-    fit_twins=32,
-    fit_general=16,
+    harmful_samples=20,
+    benign_samples=24,
+    naming_samples=24,
+    fit_harmful=24,
+    fit_twins=24,
+    fit_general=12,
     epochs=3,
-    layer_samples=16,
+    layer_samples=12,
     harmful_examples=4,
     benign_examples=2,
 )
