@@ -43,16 +43,16 @@ class DemoConfig:
     fit_general: int = 32
     """General picture requests, with the model's own answers (GB)."""
 
-    fit_answer_tokens: int = 32
-    """Length at which the model's own answers are cut for the fit."""
+    fit_answer_tokens: int = 8
+    """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
     virtual_tokens: int = 16
     """Length of the security tensor in tokens."""
 
-    epochs: int = 4
+    epochs: int = 8
     """Passes over the samples of the fit."""
 
-    fit_batch_size: int = 16
+    fit_batch_size: int = 32
     """Samples in one step of the fit."""
 
     learning_rate: float = 5e-3

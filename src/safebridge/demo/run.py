@@ -33,6 +33,8 @@ from safebridge.models.load import VLM, load_vlm
 
 __all__ = ["run_demo"]
 
+_SPARE_TOKENS = 4  # so that where an answer was cut is never among the tokens learned from
+
 
 def run_demo(
     model: str,
@@ -108,7 +110,7 @@ def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases) -> Tr
                 vlm,
                 [sample.prompt for sample in samples],
                 [open_images(sample) for sample in samples],
-                max_new_tokens=config.fit_answer_tokens,
+                max_new_tokens=config.fit_answer_tokens + _SPARE_TOKENS,
                 batch_size=config.batch_size,
                 progress=step,
             )
@@ -130,6 +132,7 @@ def _fit(vlm: VLM, triad: Triad, config: DemoConfig, phases: Phases) -> Security
         epochs=config.epochs,
         batch_size=config.fit_batch_size,
         learning_rate=config.learning_rate,
+        max_answer_tokens=config.fit_answer_tokens,
         seed=config.seed,
     )
     steps = config.epochs * -(-len(triad.samples) // config.fit_batch_size)

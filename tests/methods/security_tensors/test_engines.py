@@ -31,7 +31,7 @@ def decoder_engine(
     vlm: VLM, samples: list[Sample], config: SecurityTensorsConfig, *, is_shared: bool = True
 ) -> tuple[DecoderEngine, SecurityTensorModule]:
     module = build_module(vlm, config, None)
-    prepared = prepare_samples(vlm, samples)
+    prepared = prepare_samples(vlm, samples, max_answer_tokens=config.max_answer_tokens)
     assert prepared is not None
     return DecoderEngine(vlm, samples, config, module, prepared, is_shared=is_shared), module
 
@@ -46,13 +46,22 @@ def test_the_decoder_alone_is_used_where_it_is_enough(
     assert isinstance(engine, ModelEngine if family in WHOLE_MODEL else DecoderEngine)
 
 
+@pytest.mark.parametrize("max_answer_tokens", [0, 2])
 @pytest.mark.parametrize("benign_loss", ["ce", "kl"])
 @pytest.mark.parametrize("position", ["prefix", "after_image"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "instructblip", "pixtral"])
 def test_the_decoder_alone_gives_the_losses_and_gradients_of_the_whole_model(
-    tiny: Callable[[str], VLM], triad: list[Sample], family: str, position: str, benign_loss: str
+    tiny: Callable[[str], VLM],
+    triad: list[Sample],
+    family: str,
+    position: str,
+    benign_loss: str,
+    max_answer_tokens: int,
 ) -> None:
-    vlm, config = tiny(family), config_of(position=position, benign_loss=benign_loss)
+    vlm = tiny(family)
+    config = config_of(
+        position=position, benign_loss=benign_loss, max_answer_tokens=max_answer_tokens
+    )
     indices = [0, 3, 1, 5]
     with freeze(vlm.model):
         engine, module = decoder_engine(vlm, triad, config)

@@ -5,6 +5,7 @@ from safebridge.methods.security_tensors.objective import (
     answer_cross_entropy,
     answer_forward_kl,
     build_batches,
+    keep_first_labels,
 )
 
 ROWS = torch.tensor([0, 0, 1])
@@ -50,3 +51,10 @@ def test_the_seed_decides_the_order(seed: int) -> None:
     first = build_batches([1] * 40, [0] * 40, 4, seed)
     assert build_batches([1] * 40, [0] * 40, 4, seed) == first
     assert build_batches([1] * 40, [0] * 40, 4, seed + 1) != first
+
+
+def test_only_the_first_labels_of_each_row_are_kept() -> None:
+    labels = torch.tensor([[-100, 5, 6, 7], [8, 9, -100, -100]])
+    kept = keep_first_labels(labels, 2)
+    assert kept.tolist() == [[-100, 5, 6, -100], [8, 9, -100, -100]]
+    assert keep_first_labels(labels, 0) is labels

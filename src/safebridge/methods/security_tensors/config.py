@@ -22,6 +22,7 @@ _CHOICES: Final = {
 _AT_LEAST_ONE: Final = ("num_virtual_tokens", "epochs", "batch_size", "accumulation_steps")
 _POSITIVE: Final = ("learning_rate", "visual_learning_rate")
 _NOT_NEGATIVE: Final = (
+    "max_answer_tokens",
     "weight_decay",
     "weight_sa",
     "weight_tcb",
@@ -101,6 +102,10 @@ class SecurityTensorsConfig:
     benign_loss: str = "ce"
     """Loss on benign samples: "ce" (cross-entropy on the model's own answer, as in the authors'
     code) or "kl" (forward KL from the undefended model's distribution, as in the paper's text)."""
+
+    max_answer_tokens: int = 0
+    """Answer tokens that count in the loss, from the first on; 0 counts all, as in the paper.
+    The first words decide whether an answer is a refusal, and the rest is not computed then."""
 
     weight_sa: float = 1.0
     """Factor of the loss on SA samples (harmful picture, refusal). Paper: 1."""

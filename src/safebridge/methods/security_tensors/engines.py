@@ -20,7 +20,11 @@ from safebridge.methods.security_tensors.insertion import (
     shift_positions,
 )
 from safebridge.methods.security_tensors.modules import SecurityTensorModule
-from safebridge.methods.security_tensors.objective import answer_cross_entropy, answer_forward_kl
+from safebridge.methods.security_tensors.objective import (
+    answer_cross_entropy,
+    answer_forward_kl,
+    keep_first_labels,
+)
 from safebridge.methods.security_tensors.prepare import (
     Prepared,
     encode_samples,
@@ -68,10 +72,11 @@ class ModelEngine:
         chosen = [self.samples[index] for index in indices]
         encoded = encode_samples(self.vlm, chosen, padding_side="left")
         assert encoded.labels is not None  # noqa: S101 - answers were given
-        is_label = encoded.labels.ne(IGNORED_LABEL)
+        labels = keep_first_labels(encoded.labels, self.config.max_answer_tokens)
+        is_label = labels.ne(IGNORED_LABEL)
         # One column more than the labels span: a logit predicts the token after it.
         keep = is_label.shape[1] - int(is_label.any(dim=0).int().argmax()) + 1
-        targets, wanted = encoded.labels[:, 1 - keep :], is_label[:, 1 - keep :]
+        targets, wanted = labels[:, 1 - keep :], is_label[:, 1 - keep :]
         module, position = self.module, self.config.position
         with (
             _autocast(self.vlm, self.config),
@@ -277,7 +282,7 @@ def build_engine(
     whole = ModelEngine(vlm, samples, config, module)
     if config.has_visual:
         return whole
-    prepared = prepare_samples(vlm, samples)
+    prepared = prepare_samples(vlm, samples, max_answer_tokens=config.max_answer_tokens)
     if prepared is None:
         return whole
     decoder = DecoderEngine(vlm, samples, config, module, prepared)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["answer_cross_entropy", "answer_forward_kl", "build_batches"]
+__all__ = ["answer_cross_entropy", "answer_forward_kl", "build_batches", "keep_first_labels"]
 
 _BUCKET = 8  # batches whose samples are sorted by length together
 
@@ -53,6 +53,21 @@ def answer_forward_kl(
         log_target=True,
     ).sum(-1)
     return _mean_by_row(losses, rows, batch)
+
+
+def keep_first_labels(
+    labels: Int[Tensor, "batch seq"], count: int, *, ignored: int = -100
+) -> Int[Tensor, "batch seq"]:
+    """Ignore every label after the first `count` of each row.
+
+    Args:
+        labels: Labels, `ignored` where nothing is wanted; not changed.
+        count: Labels to keep in each row; 0 keeps all.
+        ignored: The value of positions without a label.
+    """
+    if count == 0:
+        return labels
+    return labels.masked_fill(labels.ne(ignored).cumsum(-1) > count, ignored)
 
 
 def build_batches(

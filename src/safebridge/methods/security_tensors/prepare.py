@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from safebridge.data.sample import Sample, open_images
+from safebridge.methods.security_tensors.objective import keep_first_labels
 from safebridge.models.load import VLM
-from safebridge.models.tokens import Encoded, encode
+from safebridge.models.tokens import IGNORED_LABEL, Encoded, encode
 
 __all__ = ["Example", "Prepared", "encode_samples", "prepare_samples"]
 
@@ -50,12 +51,16 @@ class Prepared:
     """Rows of the decoder's input at the image tokens, by key."""
 
 
-def prepare_samples(vlm: VLM, samples: Sequence[Sample]) -> Prepared | None:
+def prepare_samples(
+    vlm: VLM, samples: Sequence[Sample], *, max_answer_tokens: int = 0
+) -> Prepared | None:
     """Run everything before the decoder once for each distinct set of pictures.
 
     Args:
         vlm: The model; it is stopped as soon as it calls its decoder.
         samples: Samples with answers.
+        max_answer_tokens: Answer tokens that keep their label, the later ones are cut off;
+            0 keeps all.
 
     Returns:
         The samples as ids with their image features on the side, or None if the decoder
@@ -78,7 +83,8 @@ def prepare_samples(vlm: VLM, samples: Sequence[Sample]) -> Prepared | None:
             return None
         for row, index in enumerate(chunk):
             picture = _picture_key(vlm, samples[index])
-            examples[index] = _example(encoded, row, picture, arguments.get("position_ids"))
+            positions = arguments.get("position_ids")
+            examples[index] = _example(encoded, row, picture, positions, max_answer_tokens)
             if picture not in features:
                 merged = arguments["inputs_embeds"][row]
                 features[picture] = merged[encoded.spans.image[row]].clone()
@@ -158,14 +164,19 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _example(encoded: Encoded, row: int, picture: Hashable, positions: Tensor | None) -> Example:
+def _example(
+    encoded: Encoded, row: int, picture: Hashable, positions: Tensor | None, count: int
+) -> Example:
     assert encoded.labels is not None  # noqa: S101 - answers were given
-    is_real = encoded.inputs["attention_mask"][row].bool()
+    labels = keep_first_labels(encoded.labels, count)
+    is_real = encoded.inputs["attention_mask"][row].bool().clone()
+    if count:  # nothing after the last label is computed
+        is_real[int(labels[row].ne(IGNORED_LABEL).nonzero().max()) + 1 :] = False
     if positions is not None:  # one row of positions may stand for all
         positions = positions.expand(*positions.shape[:-2], *encoded.labels.shape)
     return Example(
         input_ids=encoded.inputs["input_ids"][row][is_real].cpu(),
-        labels=encoded.labels[row][is_real].cpu(),
+        labels=labels[row][is_real].cpu(),
         is_image=encoded.spans.image[row][is_real].cpu(),
         picture=picture,
         position_ids=None if positions is None else positions[..., row, is_real].cpu(),
