@@ -144,7 +144,7 @@ def instruct(work: Path) -> None:
     model, tokenizer = _load(work / "smol", torch.float32)
     mini.add_lora(model, _adapter(work, "contrast"))
     tokenizer.add_special_tokens({"additional_special_tokens": [mini.IMAGE_TOKEN]})
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     projector = _projector(model)
     projector.load_state_dict(load_file(work / "warm.safetensors"))
     model, tokenizer = _load(_saved(model, tokenizer, work / "smol-safe"), torch.bfloat16)

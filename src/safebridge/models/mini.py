@@ -186,7 +186,10 @@ def assemble(
         if name != "projector":
             add_lora(language_model, tensors)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    language_model.resize_token_embeddings(len(tokenizer))
+    language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():  # transformers would draw the new row at random
+        table = language_model.get_input_embeddings().weight
+        table[-1] = table[:-1].mean(dim=0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=Lite0Config(),
