@@ -66,7 +66,7 @@ def test_harmless_kinds_have_no_seen_categories() -> None:
 )
 def test_unknown_names_are_refused(kind: str, split: str, categories: str, message: str) -> None:
     with pytest.raises(UnknownNameError, match=message):
-        load_samples(kind, split, categories=categories)  # type: ignore[arg-type]
+        load_samples(kind, split, categories=categories)
 
 
 def test_every_picture_opens_at_the_size_the_tower_reads() -> None:

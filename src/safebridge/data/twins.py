@@ -15,7 +15,6 @@ from safebridge.data.sample import Sample
 from safebridge.data.tables import (
     Concept,
     Request,
-    Split,
     is_seen,
     load_concepts,
     load_general_requests,
@@ -75,7 +74,7 @@ def load_pictures() -> tuple[Picture, ...]:
 
 def load_samples(
     kind: str,
-    split: Split,
+    split: str,
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -135,12 +134,12 @@ def _is_wanted(sample: Sample, categories: str) -> bool:
     return is_harmful_concept and is_seen(sample.category) == (categories == "seen")
 
 
-def _requests(split: Split, kind: str) -> list[Request]:
+def _requests(split: str, kind: str) -> list[Request]:
     requests = load_requests()
     return [requests[n] for n in load_splits()["requests"][split] if requests[n].kind == kind]
 
 
-def _all_samples(kind: str, split: Split) -> Iterator[Sample]:
+def _all_samples(kind: str, split: str) -> Iterator[Sample]:
     if kind == "general_text":
         yield from _general_text(split)
     elif kind.endswith("_text"):
@@ -149,13 +148,13 @@ def _all_samples(kind: str, split: Split) -> Iterator[Sample]:
         yield from _pictures(kind, split)
 
 
-def _general_text(split: Split) -> Iterator[Sample]:
+def _general_text(split: str) -> Iterator[Sample]:
     for number, prompt in enumerate(load_general_requests().get(split, ())):
         name = f"general-{split}-{number:02d}"
         yield Sample(id=name, prompt=prompt, category="benign", template=name)
 
 
-def _texts(split: Split, *, is_harmful: bool) -> Iterator[Sample]:
+def _texts(split: str, *, is_harmful: bool) -> Iterator[Sample]:
     drawn = {p.concept.name for p in load_pictures() if p.split == split}
     for concept, request in product(load_concepts().values(), _requests(split, "act")):
         if concept.name in drawn and concept.is_harmful == is_harmful:
@@ -169,7 +168,7 @@ def _texts(split: Split, *, is_harmful: bool) -> Iterator[Sample]:
             )
 
 
-def _pictures(kind: str, split: Split) -> Iterator[Sample]:
+def _pictures(kind: str, split: str) -> Iterator[Sample]:
     of_request = {"general": "neutral", "naming": "naming"}.get(kind, "act")
     for picture, request in product(load_pictures(), _requests(split, of_request)):
         concept = picture.concept

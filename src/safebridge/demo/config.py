@@ -34,28 +34,28 @@ class DemoConfig:
     batch_size: int = 20
     """Requests answered at the same time while measuring."""
 
-    fit_harmful: int = 64
+    fit_harmful: int = 160
     """Harmful picture requests in the fit, each with a refusal as its answer (the set SA)."""
 
-    fit_twins: int = 64
+    fit_twins: int = 160
     """Harmless picture requests of the same wording, with the model's own answers (TCB)."""
 
-    fit_general: int = 32
+    fit_general: int = 40
     """General picture requests, with the model's own answers (GB)."""
 
-    fit_answer_tokens: int = 8
+    fit_answer_tokens: int = 4
     """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
     virtual_tokens: int = 16
     """Length of the security tensor in tokens."""
 
-    epochs: int = 8
+    epochs: int = 13
     """Passes over the samples of the fit."""
 
     fit_batch_size: int = 32
     """Samples in one step of the fit."""
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     """Step size of the fit."""
 
     layer_samples: int = 32
@@ -86,10 +86,10 @@ FAST = DemoConfig(
     harmful_samples=20,
     benign_samples=24,
     naming_samples=24,
-    fit_harmful=24,
-    fit_twins=24,
+    fit_harmful=48,
+    fit_twins=48,
     fit_general=12,
-    epochs=3,
+    epochs=8,
     layer_samples=12,
     harmful_examples=4,
     benign_examples=2,
