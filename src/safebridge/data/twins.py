@@ -105,7 +105,7 @@ def load_samples(
     ):
         if name not in known:
             raise UnknownNameError(what, name, known)
-    samples = [s for s in _all_samples(kind, split) if _is_wanted(s, categories)]
+    samples = [s for s in _samples(kind, split) if _is_wanted(s, categories)]
     if not samples:
         raise DataError(
             f"no '{kind}' samples in split '{split}' with categories '{categories}'; "
@@ -137,6 +137,11 @@ def _is_wanted(sample: Sample, categories: str) -> bool:
 def _requests(split: str, kind: str) -> list[Request]:
     requests = load_requests()
     return [requests[n] for n in load_splits()["requests"][split] if requests[n].kind == kind]
+
+
+@cache
+def _samples(kind: str, split: str) -> tuple[Sample, ...]:
+    return tuple(_all_samples(kind, split))
 
 
 def _all_samples(kind: str, split: str) -> Iterator[Sample]:

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_forward_kl_of_a_model_to_itself_is_zero() -> None:
 
 def test_every_sample_is_in_one_batch_of_its_group() -> None:
     groups = [number % 2 for number in range(50)]
-    batches = build_batches(list(range(50)), groups, 4, seed=0)
+    batches = build_batches(list(range(50)), groups, [0] * 50, 4, seed=0)
     assert sorted(index for batch in batches for index in batch) == list(range(50))
     assert all(len({groups[index] for index in batch}) == 1 for batch in batches)
     assert max(len(batch) for batch in batches) == 4
@@ -41,16 +43,26 @@ def test_every_sample_is_in_one_batch_of_its_group() -> None:
 
 def test_batches_hold_samples_of_similar_length() -> None:
     lengths = torch.randint(1, 100, (128,), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = build_batches(lengths, [0] * 128, 8, seed=0)
+    batches = build_batches(lengths, [0] * 128, [0] * 128, 8, seed=0)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.25 * sum(lengths)
+    assert padded < 1.3 * sum(lengths)
+
+
+def test_every_batch_has_the_same_mixture_of_strata() -> None:
+    strata = ["SA"] * 40 + ["TCB"] * 40 + ["GB"] * 20
+    lengths = [10] * 40 + [30] * 40 + [20] * 20
+    for batch in build_batches(lengths, [0] * 100, strata, 10, seed=0):
+        counts = Counter(strata[index] for index in batch)
+        assert abs(counts["SA"] - 4) <= 1
+        assert abs(counts["TCB"] - 4) <= 1
+        assert abs(counts["GB"] - 2) <= 1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_seed_decides_the_order(seed: int) -> None:
-    first = build_batches([1] * 40, [0] * 40, 4, seed)
-    assert build_batches([1] * 40, [0] * 40, 4, seed) == first
-    assert build_batches([1] * 40, [0] * 40, 4, seed + 1) != first
+    first = build_batches([1] * 40, [0] * 40, [0] * 40, 4, seed)
+    assert build_batches([1] * 40, [0] * 40, [0] * 40, 4, seed) == first
+    assert build_batches([1] * 40, [0] * 40, [0] * 40, 4, seed + 1) != first
 
 
 def test_only_the_first_labels_of_each_row_are_kept() -> None:

@@ -106,9 +106,7 @@ class SecurityTensors:
             score = _score_of(vlm, validation, config, module)
             result = train(
                 _groups(module, config),
-                lambda epoch: build_batches(
-                    engine.lengths, engine.groups, config.batch_size, config.seed + epoch
-                ),
+                lambda epoch: _batches(engine, samples, config, config.seed + epoch),
                 lambda batch: _step_loss(engine, samples, config, batch),
                 _loop_settings(config),
                 validate=score,
@@ -269,6 +267,13 @@ def _loop_settings(config: SecurityTensorsConfig) -> LoopSettings:
     )
 
 
+def _batches(
+    engine: Engine, samples: Sequence[Sample], config: SecurityTensorsConfig, seed: int
+) -> list[list[int]]:
+    names = [sample.set_name for sample in samples]
+    return build_batches(engine.lengths, engine.groups, names, config.batch_size, seed)
+
+
 def _step_loss(
     engine: Engine,
     samples: Sequence[Sample],
@@ -304,8 +309,7 @@ def _score_of(
 
     def score() -> float:
         by_set: dict[str, list[float]] = {}
-        batches = build_batches(engine.lengths, engine.groups, config.batch_size, config.seed)
-        for batch in batches:
+        for batch in _batches(engine, held_out, config, config.seed):
             with torch.no_grad():
                 values = engine.losses(batch).tolist()
             for index, value in zip(batch, values, strict=True):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 __all__ = ["answer_cross_entropy", "answer_forward_kl", "build_batches", "keep_first_labels"]
 
-_BUCKET = 8  # batches whose samples are sorted by length together
+_JITTER = 0.25  # relative noise on the lengths, so that batches differ between epochs
 
 
 def answer_cross_entropy(
@@ -71,30 +71,42 @@ def keep_first_labels(
 
 
 def build_batches(
-    lengths: Sequence[int], groups: Sequence[Hashable], batch_size: int, seed: int
+    lengths: Sequence[int],
+    groups: Sequence[Hashable],
+    strata: Sequence[Hashable],
+    batch_size: int,
+    seed: int,
 ) -> list[list[int]]:
-    """Deal samples into batches of similar length, in an order that the seed decides.
+    """Deal samples into batches of similar length with the same mixture of strata.
+
+    Without strata, batches of similar length would be nearly all refusals or nearly none,
+    because refusals are short, and the steps would pull one way and the other.
 
     Args:
         lengths: Length of each sample, in any unit.
         groups: Samples of different groups never share a batch.
+        strata: What every batch of a group has in the same shares, e.g. the set names.
         batch_size: Samples in a batch; the last one of a group may have fewer.
-        seed: Seed of the order.
+        seed: Seed of the order and of who meets whom.
 
     Returns:
         Indices of samples, each exactly once.
     """
     generator = torch.Generator().manual_seed(seed)
-    members: dict[Hashable, list[int]] = {}
+    noise = torch.rand(len(lengths), generator=generator).tolist()
+    members: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index in torch.randperm(len(lengths), generator=generator).tolist():
-        members.setdefault(groups[index], []).append(index)
+        members.setdefault(groups[index], {}).setdefault(strata[index], []).append(index)
     batches: list[list[int]] = []
     for group in members.values():
-        for start in range(0, len(group), _BUCKET * batch_size):
-            bucket = sorted(group[start : start + _BUCKET * batch_size], key=lengths.__getitem__)
-            batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    return [batches[index] for index in order]
+        places: list[tuple[float, int]] = []
+        for stratum in group.values():
+            stratum.sort(key=lambda index: lengths[index] * (1 + _JITTER * noise[index]))
+            places += [((rank + 0.5) / len(stratum), i) for rank, i in enumerate(stratum)]
+        order = [index for _, index in sorted(places)]
+        batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [batches[index] for index in shuffled]
 
 
 def _mean_by_row(
