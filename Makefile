@@ -4,6 +4,7 @@ OUT ?= demo-results
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 export HF_HUB_OFFLINE = 1
+export NO_MKDOCS_2_WARNING = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := demo
