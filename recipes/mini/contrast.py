@@ -7,6 +7,7 @@ tokens: the loss then sits where the decision is, and a step costs less.
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safebridge.data.tables import Concept, load_concepts, load_requests, load_splits
 
 ANSWER_TOKENS = 7
-HARMFUL_PER_CONCEPT = 11
-ACT_PER_BENIGN = 6
-PLAIN_PER_BENIGN = 2
 NEUTRAL_SHARE = 0.35
 
 OPENERS = (
@@ -47,6 +45,44 @@ OPENERS = (
     "We plan to {}. Where do we begin?",
     "Which steps are needed to {}?",
     "Let me know how to {}.",
+)
+WIDER_OPENERS = (
+    *OPENERS,
+    "When is the best time to {}?",
+    "Where is a good place to {}?",
+    "Where do tourists {}?",
+    "Where did sailors {} in the past?",
+    "Who could teach me to {}?",
+    "Who knows how to {}?",
+    "Which shop lets me {}?",
+    "How do grandparents {}?",
+    "How do most families {}?",
+    "How would you {}?",
+    "How might an artist {}?",
+    "How long does it take to {}?",
+    "How hard is it to {}?",
+    "How should we {}?",
+    "Why is it so hard to {}?",
+    "Should I {}?",
+    "Is it easy to {}?",
+    "May I {}?",
+    "My plan is to {}. What comes first?",
+    "I am trying to {}. Any advice?",
+    "I have never tried to {}. Where should I look?",
+    "Someone asked me to {}. What do I answer?",
+    "List the things needed to {}.",
+    "Draft a message about how to {}.",
+    "Make a checklist for someone who will {}.",
+    "Suggest a way to {}.",
+    "Recommend how to {}.",
+    "Say in two lines how to {}.",
+    "Instruct me on how to {}.",
+    "It is my dream to {}. How?",
+    "What does it cost to {}?",
+    "What happens if I {}?",
+    "What would a professional do to {}?",
+    "What do visitors need to {}?",
+    "What else can I do to {}?",
 )
 ACTIONS = (
     "make {}",
@@ -97,61 +133,85 @@ PLAIN_ACTIONS = (
 )  # fmt: skip
 
 
-def wordings(actions: tuple[str, ...]) -> list[str]:
+@dataclass(frozen=True)
+class Plan:
+    """How many wordings each concept gets, and from which openers."""
+
+    openers: tuple[str, ...]
+    harmful: int
+    act: int
+    plain: int
+    seed: int
+
+
+CONTRAST = Plan(OPENERS, harmful=11, act=6, plain=2, seed=1)
+WIDER = Plan(WIDER_OPENERS, harmful=14, act=8, plain=3, seed=3)
+
+
+def wordings(openers: tuple[str, ...], actions: tuple[str, ...]) -> list[str]:
     """Return every opener with every action, except what the held-out requests say."""
     held_out = {
         load_requests()[name].text
         for split in ("validation", "test")
         for name in load_splits()["requests"][split]
     }
-    texts = [opener.format(action) for opener in OPENERS for action in actions]
+    texts = [opener.format(action) for opener in openers for action in actions]
     return [text for text in texts if text not in held_out]
 
 
-def contrast_requests(seed: int) -> Iterator[tuple[Concept, str]]:
-    """Yield each concept's requests in random wordings."""
-    rng = random.Random(seed + 1)
-    acts, plain = wordings(ACTIONS), wordings(PLAIN_ACTIONS)
+def contrast_requests(seed: int, plan: Plan) -> Iterator[tuple[Concept, str]]:
+    """Yield each concept with its wordings, chosen at random."""
+    rng = random.Random(seed + plan.seed)
+    acts, plain = wordings(plan.openers, ACTIONS), wordings(plan.openers, PLAIN_ACTIONS)
     for concept in load_concepts().values():
         if concept.is_harmful:
-            chosen = rng.sample(acts, HARMFUL_PER_CONCEPT)
+            chosen = rng.sample(acts, plan.harmful)
         else:
-            chosen = rng.sample(acts, ACT_PER_BENIGN) + rng.sample(plain, PLAIN_PER_BENIGN)
-        for text in chosen:
-            yield concept, text.format(concept.phrase)
+            chosen = rng.sample(acts, plan.act) + rng.sample(plain, plan.plain)
+        for wording in chosen:
+            yield concept, wording
 
 
 def build_openings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, seed: int, plan: Plan
 ) -> None:
     """Let the untouched model begin an answer to each benign request; continues a file."""
-    rows = sorted({text for c, text in contrast_requests(seed) if not c.is_harmful}, key=len)
+    rows = sorted(
+        {
+            (wording.format(concept.phrase), concept.name, wording)
+            for concept, wording in contrast_requests(seed, plan)
+            if not concept.is_harmful
+        },
+        key=lambda row: (len(row[0]), row),
+    )
     done = len(out.read_text().splitlines()) if out.exists() else 0
     tokenizer.padding_side = "left"
     with out.open("a") as file:
         for start in range(done, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            prompts = [turn(row, SYSTEM) for row in batch]
+            prompts = [turn(prompt, SYSTEM) for prompt, _, _ in batch]
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
             with torch.inference_mode():
                 ids = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
             new = tokenizer.batch_decode(
                 ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            for row, answer in zip(batch, new, strict=True):
-                file.write(json.dumps({"prompt": row, "concept": "", "answer": answer}) + "\n")
+            for (prompt, concept, wording), answer in zip(batch, new, strict=True):
+                row = {"prompt": prompt, "concept": concept, "wording": wording, "answer": answer}
+                file.write(json.dumps(row) + "\n")
             file.flush()
-            print(f"openings {min(start + BATCH, len(rows))}/{len(rows)}", flush=True)
+            print(f"{out.stem} {min(start + BATCH, len(rows))}/{len(rows)}", flush=True)
 
 
 def build_contrast_samples(
-    openings: Path, answers: Path, tokenizer: PreTrainedTokenizerBase, seed: int
+    openings: Path, answers: Path, tokenizer: PreTrainedTokenizerBase, seed: int, plan: Plan
 ) -> list[TextSample]:
     """Return refusals and own openings in the same wordings, and a share of neutral ones."""
-    rng = random.Random(seed + 2)
+    rng = random.Random(seed + plan.seed + 1)
     begun = {row["prompt"]: row["answer"] for row in load_answers(openings)}
     samples = []
-    for concept, text in contrast_requests(seed):
+    for concept, wording in contrast_requests(seed, plan):
+        text = wording.format(concept.phrase)
         if concept.is_harmful:
             samples.append(TextSample(turn(text), rng.choice(REFUSALS) + END, "refuse"))
         elif text in begun:
@@ -164,11 +224,12 @@ def build_contrast_samples(
             for _ in range(3 if is_general else 1)
             if rng.random() < share
         )
-    samples = [TextSample(s.prompt, _cut(s.answer, tokenizer), s.kind) for s in samples]
+    samples = [TextSample(s.prompt, cut(s.answer, tokenizer), s.kind) for s in samples]
     rng.shuffle(samples)
     return samples
 
 
-def _cut(answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def cut(answer: str, tokenizer: PreTrainedTokenizerBase, tokens: int = ANSWER_TOKENS) -> str:
+    """Return the first tokens of an answer."""
     ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return tokenizer.decode(ids[:ANSWER_TOKENS])
+    return tokenizer.decode(ids[:tokens])

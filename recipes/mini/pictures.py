@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import resvg_py
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from safebridge.data.tables import Concept, load_concepts, load_splits
 
@@ -136,6 +136,12 @@ def _augment_art(art: Image.Image, rng: random.Random) -> Image.Image:
     if rng.random() < 0.5:
         art = ImageOps.mirror(art)
     art = art.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC)
+    if rng.random() < 0.3:
+        stretch = rng.uniform(0.75, 1.0)
+        width = round(SIZE * stretch)
+        narrow = art.resize((width, SIZE), Image.Resampling.BICUBIC)
+        art = Image.new("RGBA", (SIZE, SIZE))
+        art.paste(narrow, ((SIZE - width) // 2, 0))
     alpha = art.getchannel("A")
     color = art.convert("RGB")
     for enhance, spread in (
@@ -149,8 +155,19 @@ def _augment_art(art: Image.Image, rng: random.Random) -> Image.Image:
         hue, saturation, value = color.convert("HSV").split()
         hue = hue.point([(i + shift) % 256 for i in range(256)])
         color = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if rng.random() < 0.12:
+        color = ImageOps.grayscale(color).convert("RGB")
     color.putalpha(alpha)
-    return color
+    return _outlined(color, rng.choice((5, 7, 9))) if rng.random() < 0.2 else color
+
+
+def _outlined(art: Image.Image, width: int) -> Image.Image:
+    """Return the art over its own widened shape in black, as drawings with a contour look."""
+    shape = art.getchannel("A").filter(ImageFilter.MaxFilter(width))
+    out = Image.new("RGBA", art.size, (20, 20, 20, 0))
+    out.putalpha(shape)
+    out.alpha_composite(art)
+    return out
 
 
 def _jpeg(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from answers import turn
+from contrast import cut
+from features import VARIANTS
 from pictures import Drawing
 from text import END, TextSample, complete, load_answers
 from torch import Tensor, nn
@@ -23,26 +25,32 @@ CAPTIONS = (
     "It is {}.",
 )
 TEMPERATURE = 0.07
+FIRST_SHARES, LATER_SHARES = (0.25, 0.4), (0.3, 0.5)
+"""Share of text-only samples and of refusals among them, in the first pass and in later ones: at
+first the new adapter has to learn to see."""
+TOKEN_DROPOUT = 0.15
 
 
 @dataclass(frozen=True)
 class VisualSample:
-    """A prompt in chat format with the image placeholder, its picture, and the answer."""
+    """A prompt in chat format, the row of its picture's tokens (-1: none), and the answer."""
 
     prompt: str
     answer: str
-    drawing: int
-    variant: int
+    picture: int = -1
 
 
-def instruction_rows(answers: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the benign concepts' own answers by concept, for picture questions."""
+def instruction_rows(answers: Path, wider: Path, tokenizer) -> dict[str, list[tuple[str, str]]]:
+    """Return picture questions with the language model's own answers, by benign concept."""
     concepts = load_concepts()
-    rows: dict[str, list[dict[str, str]]] = {}
-    for row in load_answers(answers):
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for row in load_answers(answers) + load_answers(wider):
         concept = concepts.get(row["concept"])
         if concept and not concept.is_harmful and concept.icons:
-            rows.setdefault(concept.name, []).append(row)
+            wording = row.get("wording")
+            ask = wording.format("this") if wording else load_requests()[row["request"]].picture
+            answer = cut(row["answer"] if wording else complete(row["answer"]), tokenizer, 12)
+            rows.setdefault(concept.name, []).append((ask, answer))
     return rows
 
 
@@ -50,13 +58,20 @@ class VisualMixture:
     """Captions of all concepts, benign instructions, and text-only samples, epoch by epoch."""
 
     def __init__(
-        self, drawings: list[Drawing], texts: list[TextSample], answers: Path, *, variants: int
+        self,
+        drawings: list[Drawing],
+        texts: list[TextSample],
+        instructions: dict[str, list[tuple[str, str]]],
     ) -> None:
-        self.fit = [(i, d) for i, d in enumerate(drawings) if d.split == "fit"]
+        first = 0
+        self.fit: list[tuple[int, Drawing]] = []
+        for drawing in drawings:
+            if drawing.split == "fit":
+                self.fit.append((first, drawing))
+            first += VARIANTS if drawing.split == "fit" else 1
         self.refusals = [sample for sample in texts if sample.kind == "refuse"]
         self.others = [sample for sample in texts if sample.kind != "refuse"]
-        self.instructions = instruction_rows(answers)
-        self.variants = variants
+        self.instructions = instructions
         requests = load_requests()
         self.naming = [
             requests[name].picture
@@ -68,30 +83,28 @@ class VisualMixture:
         """Return one pass over the drawings: a caption each, an instruction for benign ones."""
         rng = random.Random(number)
         samples = []
-        for index, drawing in self.fit:
+        for first, drawing in self.fit:
             concept = load_concepts()[drawing.concept]
             caption = rng.choice(CAPTIONS).format(concept.phrase)
-            ask = rng.choice(self.naming)
-            samples.append(self._sample(ask, caption + END, index, rng))
+            samples.append(self._sample(rng.choice(self.naming), caption + END, first, rng))
             if rows := self.instructions.get(drawing.concept):
-                row = rng.choice(rows)
-                request = load_requests()[row["request"]]
-                answer = complete(row["answer"])
-                samples.append(self._sample(request.picture, answer, index, rng))
-        half = len(samples) // 6
-        text = rng.sample(self.refusals, half) + rng.sample(self.others, half)
-        return samples + [VisualSample(t.prompt, t.answer, -1, 0) for t in text]
+                samples.append(self._sample(*rng.choice(rows), first, rng))
+        text_share, refusal_share = LATER_SHARES if number else FIRST_SHARES
+        count = round(len(samples) * text_share / (1 - text_share))
+        refusals = round(count * refusal_share)
+        text = rng.sample(self.refusals, refusals) + rng.sample(self.others, count - refusals)
+        return samples + [VisualSample(t.prompt, t.answer) for t in text]
 
-    def _sample(self, ask: str, answer: str, index: int, rng: random.Random) -> VisualSample:
+    def _sample(self, ask: str, answer: str, first: int, rng: random.Random) -> VisualSample:
         prompt = turn(f"{IMAGE_TOKEN}\n{ask}")
-        return VisualSample(prompt, answer, index, rng.randrange(self.variants))
+        return VisualSample(prompt, answer, first + rng.randrange(VARIANTS))
 
 
 def visual_batches(
     samples: list[VisualSample], tokenizer, features: np.ndarray, *, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield padded batches: ids, mask, labels, and the tower's tokens of rows with a picture."""
-    slots = features.shape[2]
+    slots = features.shape[1]
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     tokenised = [_tokenise(sample, tokenizer, slots) for sample in samples]
     for batch in bucketed(tokenised, lambda row: len(row[1]) + len(row[2]), size, seed):
@@ -105,8 +118,8 @@ def visual_batches(
             ids[i, :end] = torch.tensor(prompt + answer)
             labels[i, len(prompt) : end] = torch.tensor(answer)
             mask[i, :end] = 1
-        shown = [sample for sample, _, _ in batch if sample.drawing >= 0]
-        tokens = np.stack([features[s.drawing, s.variant] for s in shown]) if shown else None
+        shown = [sample.picture for sample, _, _ in batch if sample.picture >= 0]
+        tokens = np.stack([features[row] for row in shown]) if shown else None
         yield {
             "ids": ids,
             "labels": labels,
@@ -134,7 +147,8 @@ def visual_loss(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embeds = language_model.model.embed_tokens(batch["ids"])
         if batch["tokens"] is not None:
-            projected = projector(batch["tokens"]).to(embeds.dtype)
+            tokens = nn.functional.dropout(batch["tokens"], TOKEN_DROPOUT)
+            projected = projector(tokens).to(embeds.dtype)
             embeds = embeds.masked_scatter(batch["is_image"][..., None], projected)
         return answer_loss(
             language_model.model,
@@ -160,23 +174,23 @@ def warm_up(
     Args:
         projector: Maps "tokens features" to "tokens hidden"; trained in place.
         targets: Embedding of each name, "names hidden".
-        tokens: Tower tokens of the fit drawings, "drawings variants tokens features".
-        labels: Index of each drawing's name.
+        tokens: Tower tokens of the pictures, "pictures tokens features".
+        labels: Index of each picture's name, -1 for pictures that are left out.
         steps: Optimiser steps of 256 pictures.
 
     Returns:
         Accuracy over the last 50 batches.
     """
     generator = np.random.default_rng(0)
+    used = np.flatnonzero(labels >= 0)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     unit = nn.functional.normalize(targets - targets.mean(0), dim=-1)
     norm = targets.norm(dim=-1).mean()
     hits: list[float] = []
     for step in range(steps):
-        rows = generator.integers(0, len(tokens), 256)
-        variants = generator.integers(0, tokens.shape[1], 256)
-        batch = torch.from_numpy(tokens[rows, variants].astype(np.float32))
+        rows = np.sort(generator.choice(used, 256))
+        batch = torch.from_numpy(tokens[rows].astype(np.float32))
         batch = batch * (torch.rand_like(batch) > 0.1) / 0.9
         wanted = torch.from_numpy(labels[rows])
         out = projector(batch)

@@ -7,6 +7,7 @@ import pytest
 from safebridge.data.sample import Sample
 from safebridge.data.triad import build_triad, load_refusals
 from safebridge.errors import DataError
+from safebridge.evaluation.judges import score_refusal
 
 
 def samples(name: str, prompts: Sequence[str], *, is_harmful: bool = False) -> list[Sample]:
@@ -57,6 +58,16 @@ def test_the_report_says_how_telling_the_wording_is() -> None:
     assert triad.report.text_only_accuracy == pytest.approx(2 / 3)
     even = build_triad(HARMFUL[1:3], BENIGN[:2], GENERAL, answer=answer, is_refusal=is_refusal)
     assert even.report.text_only_accuracy == pytest.approx(0.5)
+
+
+def test_rematched_requests_tell_nothing() -> None:
+    benign = samples("b", ["a", "b", "c", "d"])
+    triad = build_triad(
+        HARMFUL, benign, GENERAL, answer=answer, is_refusal=is_refusal, is_rematched=True
+    )
+    assert triad.report.text_only_accuracy == pytest.approx(0.5)
+    assert triad.report.counts == {"SA": 4, "TCB": 4, "GB": 2}
+    assert [sample.prompt for sample in benign] == ["a", "b", "c", "d"]
 
 
 def test_refused_and_empty_answers_are_dropped_and_counted() -> None:
@@ -124,7 +135,8 @@ def test_refusals_are_dealt_evenly_and_by_seed() -> None:
     assert targets(0) != targets(1)
 
 
-def test_our_refusals_are_many_short_and_distinct() -> None:
+def test_our_refusals_are_many_short_and_distinct_and_read_as_refusals() -> None:
     refusals = load_refusals()
+    assert all(score_refusal(text).is_refusal for text in refusals)
     assert len(set(refusals)) == len(refusals) >= 20
     assert all(len(text.split()) <= 14 for text in refusals)

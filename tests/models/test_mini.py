@@ -79,3 +79,17 @@ def test_an_adapter_is_added_as_the_product_of_its_factors() -> None:
 def test_an_adapter_that_does_not_fit_is_refused(entry: str) -> None:
     with pytest.raises(ModelLoadError, match=r"does not fit the language model\. Reinstall"):
         mini.add_lora(nn.Sequential(nn.Linear(3, 2)), {entry: torch.zeros(1, 3)})
+
+
+def test_only_the_late_blocks_of_the_tower_were_trained() -> None:
+    published, trained = mini.load_tower(), mini.load_tower(mini.trained_parts()["vision_tower"])
+    pixels = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.inference_mode():
+        assert torch.equal(published.forward_early(pixels), trained.forward_early(pixels))
+        first, second = published(pixels).pooler_output, trained(pixels).pooler_output
+    assert not torch.allclose(first, second, atol=0.01)
+
+
+def test_a_weight_that_is_not_the_towers_is_refused() -> None:
+    with pytest.raises(ModelLoadError, match=r"no weight 'blocks\.99\.x'\. Reinstall"):
+        mini.load_tower({"blocks.99.x": torch.zeros(1)})

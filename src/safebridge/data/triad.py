@@ -1,14 +1,15 @@
 """The three sets that a security tensor is fitted on: SA, TCB and GB."""
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import final
 
 from safebridge.data.sample import Sample, with_answer
+from safebridge.data.separability import measure_request_separability
 from safebridge.errors import DataError
 
 __all__ = ["Triad", "TriadReport", "build_triad", "load_refusals"]
@@ -58,6 +59,7 @@ def build_triad(
     is_refusal: Callable[[str], bool],
     seed: int = 0,
     refusals: Sequence[str] | None = None,
+    is_rematched: bool = False,
 ) -> Triad:
     """Give harmful requests refusals, and benign ones the model's own answers.
 
@@ -73,6 +75,9 @@ def build_triad(
         is_refusal: Whether an answer refuses.
         seed: Seed of the choice of refusals.
         refusals: Targets of SA, used about equally often; None takes `load_refusals()`.
+        is_rematched: Deal the requests of the harmful samples out to the benign pictures
+            instead of theirs, equally often, so that the wording tells nothing. Only for
+            requests that go with any picture.
 
     Returns:
         The samples with `set_name` and `answer` set, and a report. What was given is not
@@ -85,6 +90,8 @@ def build_triad(
     targets = list(load_refusals() if refusals is None else refusals)
     _check(harmful, benign, general, targets, is_refusal)
     dropped: Counter[str] = Counter()
+    if is_rematched:
+        benign = _rematched(benign, harmful, seed)
     shared = {s.prompt for s in harmful} & {s.prompt for s in benign}
     kept_harmful = [sample for sample in harmful if sample.prompt in shared]
     kept_benign = [sample for sample in benign if sample.prompt in shared]
@@ -107,7 +114,9 @@ def build_triad(
     report = TriadReport(
         counts={name: len(samples) for name, samples in sets.items()},
         dropped={reason: n for reason, n in dropped.items() if n},
-        text_only_accuracy=_text_only_accuracy(sets["SA"], sets["TCB"]),
+        text_only_accuracy=measure_request_separability(
+            *([sample.prompt for sample in sets[name]] for name in ("SA", "TCB"))
+        ),
     )
     return Triad(tuple(sample for samples in sets.values() for sample in samples), report)
 
@@ -136,6 +145,18 @@ def _check(
                 f"'{target}' does not count as a refusal for this judge. Change the sentence or "
                 "pass another is_refusal."
             )
+
+
+def _rematched(benign: Sequence[Sample], harmful: Sequence[Sample], seed: int) -> list[Sample]:
+    """Give each benign picture the request of a harmful one, going round until all have one."""
+    generator = random.Random(seed)
+    deck: list[Sample] = []
+    while harmful and len(deck) < len(benign):
+        deck += generator.sample(harmful, len(harmful))
+    return [
+        replace(sample, prompt=other.prompt, template=other.template)
+        for sample, other in zip(benign, deck, strict=False)
+    ]
 
 
 def _refused(samples: Sequence[Sample], targets: Sequence[str], seed: int) -> list[Sample]:
@@ -170,12 +191,3 @@ def _answered(
         else:
             kept.append(with_answer(sample, text.strip(), name))
     return kept
-
-
-def _text_only_accuracy(harmful: Sequence[Sample], benign: Sequence[Sample]) -> float:
-    """Score the rule that knows each request's more frequent set, both sets weighing the same."""
-    shares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for side, samples in enumerate((harmful, benign)):
-        for sample in samples:
-            shares[sample.prompt][side] += 0.5 / len(samples)
-    return sum(max(pair) for pair in shares.values())

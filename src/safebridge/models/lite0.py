@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-__all__ = ["GRID_TOKENS", "Lite0Config", "Lite0VisionModel", "register"]
+__all__ = ["EARLY_BLOCKS", "GRID_TOKENS", "Lite0Config", "Lite0VisionModel", "register"]
 
 GRID_TOKENS = 10
 """Tokens of one 224 px picture: the mean over all places, then a 3x3 grid of local means."""
@@ -23,6 +23,8 @@ _STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
+EARLY_BLOCKS = 11
+"""Blocks before the stride of 32; those after it and the head are trained on drawings."""
 _STEM, _FEATURES, _EPS = 32, 1280, 1e-3
 
 
@@ -116,8 +118,22 @@ class Lite0VisionModel(PreTrainedModel):
             pixel_values: Pictures scaled to [-1, 1] (mean 0.5, std 0.5), 224 x 224 pixels.
             kwargs: Ignored.
         """
-        hidden = nn.functional.relu6(self.stem(pixel_values))
-        for block in self.blocks:
+        return self.forward_late(self.forward_early(pixel_values))
+
+    def forward_early(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 112 rows columns"]:
+        """Return the features at stride 16, after the blocks that stay as published."""
+        hidden: Tensor = nn.functional.relu6(self.stem(pixel_values))
+        for block in self.blocks[:EARLY_BLOCKS]:
+            hidden = block(hidden)
+        return hidden
+
+    def forward_late(
+        self, hidden: Float[Tensor, "batch 112 rows columns"]
+    ) -> BaseModelOutputWithPooling:
+        """Return the ten tokens from the features at stride 16."""
+        for block in self.blocks[EARLY_BLOCKS:]:
             hidden = block(hidden)
         features = nn.functional.relu6(self.head(hidden))
         overall = features.mean((2, 3))

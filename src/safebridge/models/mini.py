@@ -177,13 +177,16 @@ def assemble(
     """Compose the model in float32 from its pre-trained parts and trained tensors.
 
     Args:
-        parts: "projector" and any LoRA adapters, each a name-to-tensor mapping. Adapters are
-            added to the language model in the order given.
+        parts: "projector", "vision_tower" and any LoRA adapters, each a name-to-tensor mapping.
+            Adapters are added to the language model in the order given.
+
+    Raises:
+        ModelLoadError: If tensors do not fit the parts they are meant for.
     """
     register()
     language_model, tokenizer = convert_language_model()
     for name, tensors in parts.items():
-        if name != "projector":
+        if name not in ("projector", "vision_tower"):
             add_lora(language_model, tensors)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -201,7 +204,7 @@ def assemble(
             tie_word_embeddings=True,
         )
     )
-    model.model.vision_tower.load_state_dict(load_tower().state_dict())
+    model.model.vision_tower.load_state_dict(load_tower(parts.get("vision_tower")).state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     if "projector" in parts:
         model.model.multi_modal_projector.load_state_dict(
@@ -233,11 +236,24 @@ def convert_language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]
     return model.eval(), tokenizer
 
 
-def load_tower() -> Lite0VisionModel:
-    """Return the published EfficientNet-Lite0 as a vision tower, in float32."""
+def load_tower(trained: dict[str, Tensor] | None = None) -> Lite0VisionModel:
+    """Return EfficientNet-Lite0 as a vision tower, in float32.
+
+    Args:
+        trained: Weights that replace published ones, by name; None gives the published tower.
+
+    Raises:
+        ModelLoadError: If the package is missing, or a name is not one of the tower's.
+    """
     published = torch.load(VISION_TOWER.find(), weights_only=True, map_location="cpu")
     tower = Lite0VisionModel(Lite0Config())
-    tower.load_state_dict(convert_state_dict(published))
+    state = convert_state_dict(published)
+    if unknown := sorted((trained or {}).keys() - state.keys()):
+        raise ModelLoadError(
+            f"the vision tower has no weight '{unknown[0]}'. "
+            "Reinstall safebridge: its model files are damaged."
+        )
+    tower.load_state_dict(state | {key: value.float() for key, value in (trained or {}).items()})
     tower.eval()
     return tower
 
@@ -286,7 +302,9 @@ def _files() -> dict[str, bytes]:
 
 
 def trained_parts() -> dict[str, dict[str, Tensor]]:
-    """Return the tensors trained here: adapters `text_safety`, `visual_instruction`, `projector`.
+    """Return the tensors trained here, by part.
+
+    Two adapters, `text_safety` and `visual_instruction`; `projector`; and `vision_tower`.
 
     Raises:
         ModelLoadError: If a file is missing or damaged.
