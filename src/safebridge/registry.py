@@ -9,7 +9,9 @@ from safebridge.errors import UnknownNameError
 __all__ = ["BUILTIN_MODELS", "METHODS", "SUITES", "resolve"]
 
 METHODS: dict[str, str] = {
+    "activation-revision": "safebridge.methods.activation_revision.method:ActivationRevision",
     "security-tensors": "safebridge.methods.security_tensors.method:SecurityTensors",
+    "text-guided-alignment": "safebridge.methods.text_guided_alignment.method:TextGuidedAlignment",
 }
 
 SUITES: dict[str, str] = {

@@ -1,3 +1,4 @@
+import argparse
 import errno
 import json
 import os
@@ -176,6 +177,10 @@ def test_every_option_of_every_command_has_a_help_text() -> None:
     commands = next(
         action.choices for action in parser._actions if isinstance(action.choices, dict)
     )
-    for name, command in commands.items():
+    waiting = list(commands.items())
+    while waiting:
+        name, command = waiting.pop()
         for action in command._actions:
             assert action.help, f"{name} {action.option_strings}"
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += [(f"{name} {verb}", own) for verb, own in action.choices.items()]

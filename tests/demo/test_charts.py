@@ -2,8 +2,8 @@ import re
 
 import pytest
 
+from safebridge.analysis.curves import LayerCurve
 from safebridge.demo.charts import draw_bars, draw_curves, to_percent
-from safebridge.demo.results import LayerCurve
 
 
 def build_rate(value: float) -> dict[str, float]:

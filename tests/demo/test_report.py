@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from safebridge.analysis.curves import LayerCurve
 from safebridge.data.sample import Sample
 from safebridge.demo.report import build_report
-from safebridge.demo.results import Example, LayerCurve
+from safebridge.demo.results import Example
 from safebridge.demo.summary import Answered, build_summary, describe_judge
 from safebridge.errors import DataError
 

@@ -4,11 +4,18 @@ import json
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats import contingency_tables
 
 from safebridge.errors import DataError
 from safebridge.evaluation.statistics import (
+    ErrorRates,
     Rate,
+    adjust_p_values,
+    bootstrap_interval,
+    correct_difference,
+    correct_rate,
     measure_difference,
     measure_rate,
     wilson_interval,
@@ -116,3 +123,108 @@ def test_what_cannot_be_counted_says_why() -> None:
         measure_difference([True], [True, False])
     with pytest.raises(DataError, match="value, low, high and n"):
         Rate.from_json({"value": 0.5})
+
+
+def test_the_p_value_is_statsmodels_exact_mcnemar() -> None:
+    before = [True] * 9 + [False] * 2 + [True] * 7 + [False] * 5
+    after = [False] * 9 + [True] * 2 + [True] * 7 + [False] * 5
+    table = [[7, 9], [2, 5]]
+    wanted = contingency_tables.mcnemar(table, exact=True).pvalue
+    assert measure_difference(before, after).p_value == pytest.approx(wanted)
+
+
+def test_holm_adjusts_a_case_solved_by_hand() -> None:
+    # Sorted 0.01, 0.02, 0.04 times 3, 2, 1, each at least as large as the one before.
+    assert adjust_p_values([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert adjust_p_values([]) == []
+    assert adjust_p_values([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    with pytest.raises(DataError, match="between 0 and 1"):
+        adjust_p_values([1.2])
+
+
+def test_a_bootstrap_of_a_mean_agrees_with_its_normal_interval() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    found = bootstrap_interval(lambda rows: float(values[rows].mean()), 400, seed=1)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - half, found.value + half), abs=0.012
+    )
+    assert found == bootstrap_interval(lambda rows: float(values[rows].mean()), 400, seed=1)
+
+
+def test_a_bootstrap_draws_whole_clusters() -> None:
+    values = np.repeat(np.arange(8.0), 10)
+    clusters = values.astype(int).tolist()
+
+    def mean(rows: NDArray[np.intp]) -> float:
+        assert len(rows) == 80
+        assert all(count % 10 == 0 for count in np.bincount(rows // 10))
+        return float(values[rows].mean())
+
+    clustered = bootstrap_interval(mean, 80, clusters=clusters, draws=200)
+    plain = bootstrap_interval(lambda rows: float(values[rows].mean()), 80, draws=200)
+    assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
+    alone = bootstrap_interval(lambda rows: float(values[rows].mean()), 80, clusters=["a"] * 80)
+    assert alone.low == alone.value == alone.high
+
+
+def build_error(recall: float, false_alarms: float, n: int = 4000) -> ErrorRates:
+    return ErrorRates(
+        Rate(recall, recall, recall, n), Rate(false_alarms, false_alarms, false_alarms, n)
+    )
+
+
+def test_a_corrected_rate_is_rogan_and_gladens() -> None:
+    # Of 1000 answers 300 are refusals; the judge finds 240 of them and 70 others.
+    judged = [True] * 310 + [False] * 690
+    found = correct_rate(judged, build_error(0.8, 0.1), draws=400)
+    assert found.value == pytest.approx(0.3)
+    assert found.low < 0.3 < found.high
+    plain = measure_rate(judged)
+    assert found.high - found.low > plain.high - plain.low
+    assert correct_rate([False] * 40, build_error(0.8, 0.1), draws=50).value == 0.0
+
+
+def test_a_judge_known_from_few_answers_widens_the_interval() -> None:
+    judged = [True] * 310 + [False] * 690
+    sure, unsure = (
+        correct_rate(judged, build_error(0.8, 0.1, n), draws=400) for n in (100_000, 50)
+    )
+    assert unsure.high - unsure.low > 1.5 * (sure.high - sure.low)
+
+
+def test_corrected_rates_cover_the_true_rate() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for seed in range(150):
+        recall = rng.binomial(200, 0.8) / 200
+        false_alarms = rng.binomial(200, 0.1) / 200
+        truth = rng.random(200) < 0.4
+        judged = np.where(truth, rng.random(200) < 0.8, rng.random(200) < 0.1)
+        error = build_error(recall, false_alarms, 200)
+        found = correct_rate(judged.tolist(), error, draws=200, seed=seed)
+        covered += found.low <= 0.4 <= found.high
+    assert 0.88 <= covered / 150 <= 0.99
+
+
+def test_a_corrected_difference_undoes_a_judge_that_is_worse_on_one_side() -> None:
+    # People: 60 and 30 of 100. The judge finds all of the first and half of the second.
+    before = [True] * 60 + [False] * 40
+    after = [True] * 15 + [False] * 85
+    found = correct_difference(
+        before, after, build_error(1.0, 0.0), build_error(0.5, 0.0), draws=300
+    )
+    assert found.value == pytest.approx(-0.3)
+    assert found.low < -0.3 < found.high
+
+
+def test_corrections_that_cannot_work_say_why() -> None:
+    with pytest.raises(DataError, match="no better than chance"):
+        correct_rate([True], build_error(0.2, 0.3))
+    with pytest.raises(DataError, match="Run both on one list of samples"):
+        correct_difference([True], [], build_error(0.8, 0.1), build_error(0.8, 0.1))
+    with pytest.raises(DataError, match="at least one sample"):
+        bootstrap_interval(lambda _: 0.0, 0)
+    with pytest.raises(DataError, match="as many clusters"):
+        bootstrap_interval(lambda _: 0.0, 2, clusters=["a"])

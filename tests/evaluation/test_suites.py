@@ -31,6 +31,7 @@ from PIL import Image
 from rich.console import Console
 
 from safebridge.artifacts.store import ArtifactMetadata
+from safebridge.data.files import load_samples, save_samples
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import ArtifactError, DataError, UnknownNameError
 from safebridge.evaluation.inspect_entry import safebridge
@@ -43,7 +44,7 @@ from safebridge.evaluation.provider import (
     open_reference,
 )
 from safebridge.evaluation.runner import SuiteResult, run_suite, show_progress
-from safebridge.evaluation.suites import load_samples, naming, save_samples, twins
+from safebridge.evaluation.suites import naming, twins
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.method import SecurityTensors
 from safebridge.models.generate import generate_answers

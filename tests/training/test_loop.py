@@ -148,6 +148,20 @@ def test_the_cosine_falls_to_zero_after_the_warm_up() -> None:
     assert lengths[4] == pytest.approx(0.5, abs=1e-4)
 
 
+def test_what_is_done_after_each_step_shows_in_the_next() -> None:
+    parameter, seen = nn.Parameter(torch.zeros(3)), []
+
+    def clamp() -> None:
+        with torch.no_grad():
+            parameter.clamp_(-0.05, 0.05)
+        seen.append(parameter.detach().clone())
+
+    run(parameter, after_step=clamp)
+    assert len(seen) == 12
+    assert float(seen[-1].abs().max()) == pytest.approx(0.05)
+    assert torch.equal(parameter, seen[-1])
+
+
 def test_long_gradients_are_scaled_down() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     train(

@@ -3,13 +3,19 @@
 import argparse
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["add_config_arguments", "describe_fields", "read_config_arguments"]
+from safebridge.errors import SettingError
+
+__all__ = ["add_config_arguments", "describe_fields", "read_config", "read_config_arguments"]
+
+ConfigT = TypeVar("ConfigT")
 
 _PARSERS: dict[Any, type] = {int: int, float: float, str: str}
 
@@ -87,6 +93,48 @@ def read_config_arguments(config_class: type, arguments: Mapping[str, Any]) -> d
         for field in fields(config_class)
         if field.name in arguments
     }
+
+
+def read_config(
+    config_class: type[ConfigT], path: Path | None, arguments: Mapping[str, Any]
+) -> ConfigT:
+    """Build a config from a JSON file and the command line, which takes precedence.
+
+    Args:
+        config_class: The dataclass that `add_config_arguments` was called with.
+        path: A JSON object with any of its fields; None gives the defaults.
+        arguments: The parsed arguments, e.g. `vars(namespace)`.
+
+    Raises:
+        SettingError: If the file is no JSON object or names an unknown field, or a value has
+            another type or is out of range.
+    """
+    values = {} if path is None else _read_settings(path, get_type_hints(config_class))
+    return config_class(**{**values, **read_config_arguments(config_class, arguments)})
+
+
+def _read_settings(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object of settings and check their names and types."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError(f"{path} is no JSON ({error}). Write an object of settings.") from error
+    if not isinstance(values, dict):
+        raise SettingError(f"{path} is no JSON object. Write names and values of settings in one.")
+    for name, value in values.items():
+        if name not in types:
+            raise SettingError(
+                f"{path}: there is no setting '{name}'. Known: {', '.join(sorted(types))}."
+            )
+        expected = types[name]
+        if expected is float and type(value) is int:
+            values[name] = float(value)
+            continue
+        if expected in {bool, *_PARSERS} and type(value) is not expected:
+            raise SettingError(
+                f"{path}: {name} is {value!r}, expected {expected.__name__}. Correct it."
+            )
+    return values
 
 
 def _default_of(field: Field[Any]) -> Any:

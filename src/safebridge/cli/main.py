@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from safebridge import __version__
-from safebridge.cli import ask, demo, info
+from safebridge.cli import ask, compare, data, demo, diagnose, fit, info
 from safebridge.errors import SafebridgeError
 
 __all__ = ["build_parser", "main"]
@@ -16,7 +16,7 @@ EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-COMMANDS = (demo, info, ask)
+COMMANDS = (demo, diagnose, compare, info, ask, data, fit)
 
 # What the user's disk or path is to blame for; any other OSError is a fault of ours.
 _DISK_ERRORS = {

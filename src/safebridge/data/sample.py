@@ -44,6 +44,12 @@ class Sample:
     is_harmful: bool = False
     """Whether request and pictures together ask for something harmful."""
 
+    caption: str = ""
+    """What the pictures show, in words; empty where it is not known."""
+
+    retrieved: str = ""
+    """Another text of a corpus that is close to what the pictures show; empty without one."""
+
 
 def with_answer(sample: Sample, answer: str, set_name: str | None = None) -> Sample:
     """Return a copy of a sample with another answer, and another set if one is given.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from safebridge.demo.results import LayerCurve
+from safebridge.analysis.curves import LayerCurve
 
 __all__ = ["NOTHING", "draw_bars", "draw_curves", "to_percent"]
 
@@ -54,7 +54,14 @@ def _draw_bar(side: str, rate: Mapping[str, Any]) -> str:
     )
 
 
-def draw_curves(curves: Sequence[LayerCurve], classes: Sequence[str], axis: str) -> str:
+def draw_curves(
+    curves: Sequence[LayerCurve],
+    classes: Sequence[str],
+    axis: str,
+    *,
+    unit: str = "°",
+    marked: tuple[int, int] | None = None,
+) -> str:
     """Draw one line with its band per curve over the decoder layers.
 
     Lines live in a stretched SVG and words in HTML above it, so that the words keep their
@@ -64,6 +71,8 @@ def draw_curves(curves: Sequence[LayerCurve], classes: Sequence[str], axis: str)
         curves: The curves, all of the same length.
         classes: CSS class of each curve, which gives its colour.
         axis: Name and unit of the vertical axis.
+        unit: What stands behind a number of that axis.
+        marked: First and last of the layers to mark, if any.
 
     Returns:
         An HTML figure.
@@ -73,12 +82,13 @@ def draw_curves(curves: Sequence[LayerCurve], classes: Sequence[str], axis: str)
     step = _find_step(high - low)
     bottom, top = step * math.floor(low / step), step * -math.floor(-high / step)
     count = len(curves[0].values)
+    layers = curves[0].layers or tuple(range(count))
 
     def place(layer: int, value: float) -> str:
         across = 100 * layer / max(1, count - 1)
         return f"{across:.2f},{100 * (top - value) / (top - bottom):.2f}"
 
-    drawn = [_draw_grid(bottom, top, step)]
+    drawn = [_draw_mark(layers, marked), _draw_grid(bottom, top, step)]
     for curve, name in zip(curves, classes, strict=True):
         forth = " ".join(place(layer, value) for layer, value in enumerate(curve.high))
         back = " ".join(place(layer, curve.low[layer]) for layer in reversed(range(count)))
@@ -91,11 +101,23 @@ def draw_curves(curves: Sequence[LayerCurve], classes: Sequence[str], axis: str)
     )
     return (
         f'<figure class="curves"><figcaption>{escape(axis)}</figcaption><div class="plot">'
-        f"{_label_axes(bottom, top, step, count)}"
+        f"{_label_axes(bottom, top, step, layers, unit)}"
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(axis)}">{"".join(drawn)}</svg></div>'
         f'<div class="axis-name">decoder layer</div><div class="keys">{keys}</div></figure>'
     )
+
+
+def _draw_mark(layers: Sequence[int], marked: tuple[int, int] | None) -> str:
+    if marked is None:
+        return ""
+    inside = [place for place, layer in enumerate(layers) if marked[0] <= layer <= marked[1]]
+    if not inside:
+        return ""
+    width = 100 / max(1, len(layers) - 1)
+    start = max(0.0, width * (inside[0] - 0.5))
+    end = min(100.0, width * (inside[-1] + 0.5))
+    return f'<rect class="mark" x="{start:.2f}" width="{end - start:.2f}" height="100"/>'
 
 
 def _draw_grid(bottom: float, top: float, step: float) -> str:
@@ -107,15 +129,18 @@ def _draw_grid(bottom: float, top: float, step: float) -> str:
     return "".join(lines)
 
 
-def _label_axes(bottom: float, top: float, step: float, count: int) -> str:
+def _label_axes(bottom: float, top: float, step: float, layers: Sequence[int], unit: str) -> str:
     words = [
-        f'<span class="y" style="top:{100 * (top - tick) / (top - bottom):.2f}%">{tick:g}°</span>'
+        f'<span class="y" style="top:{100 * (top - tick) / (top - bottom):.2f}%">{tick:g}{unit}'
+        "</span>"
         for tick in _find_ticks(bottom, top, step)
     ]
+    count = len(layers)
     every = max(1, -(-count // 7))
     words += [
-        f'<span class="x" style="left:{100 * layer / max(1, count - 1):.2f}%">{layer}</span>'
-        for layer in range(0, count, every)
+        f'<span class="x" style="left:{100 * place / max(1, count - 1):.2f}%">{layers[place]}'
+        "</span>"
+        for place in range(0, count, every)
     ]
     return "".join(words)
 

@@ -5,7 +5,10 @@ from typing import Any
 
 from safebridge.errors import DataError
 
-__all__ = ["FAST", "DemoConfig", "choose_config"]
+__all__ = ["FAST", "POSITIONS", "DemoConfig", "choose_config"]
+
+POSITIONS = ("prefix", "after_image")
+"""Where the security tensor's tokens can go."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class DemoConfig:
     naming_samples: int = 100
     """Pictures whose content the model is asked to name."""
 
-    max_new_tokens: int = 20
+    max_new_tokens: int = 16
     """Length at which a measured answer is cut; a refusal shows in its first words."""
 
     naming_tokens: int = 12
@@ -34,22 +37,26 @@ class DemoConfig:
     batch_size: int = 20
     """Requests answered at the same time while measuring."""
 
-    fit_harmful: int = 160
+    fit_harmful: int = 240
     """Harmful picture requests in the fit, each with a refusal as its answer (the set SA)."""
 
-    fit_twins: int = 160
+    fit_twins: int = 240
     """Harmless picture requests of the same wording, with the model's own answers (TCB)."""
 
-    fit_general: int = 40
+    fit_general: int = 60
     """General picture requests, with the model's own answers (GB)."""
 
-    fit_answer_tokens: int = 4
+    fit_answer_tokens: int = 3
     """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
     virtual_tokens: int = 16
     """Length of the security tensor in tokens."""
 
-    epochs: int = 13
+    position: str = "after_image"
+    """Where the virtual tokens go: "after_image" or "prefix". On the embedded model the tokens
+    learn faster after the picture, and requests in text alone change less."""
+
+    epochs: int = 8
     """Passes over the samples of the fit."""
 
     fit_batch_size: int = 32
@@ -71,10 +78,17 @@ class DemoConfig:
         """Refuse sizes that leave nothing to measure.
 
         Raises:
-            DataError: If a size is not positive or, where 0 means "none", negative.
+            DataError: If a size is not positive or, where 0 means "none", negative, or the
+                position is unknown.
         """
+        if self.position not in POSITIONS:
+            raise DataError(
+                f"--position must be one of {', '.join(POSITIONS)}, found '{self.position}'."
+            )
         may_be_zero = {"seed", "layer_samples", "harmful_examples", "benign_examples"}
         for name, value in vars(self).items():
+            if name == "position":
+                continue
             is_good = value >= 0 if name in may_be_zero else value > 0
             if not is_good:
                 option = "--" + name.replace("_", "-")

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,17 +14,18 @@ RESULT_NAMES = frozenset({"artifact", "logs", "report.html", "summary.json", "an
 """What the demo writes; a folder that holds anything else is not ours to replace."""
 
 
-def check_output_folder(out: Path) -> Path:
+def check_output_folder(out: Path, *, names: Collection[str] = RESULT_NAMES) -> Path:
     """Find out before the long work whether results can be put there.
 
     Args:
         out: The folder to be written. It may be absent, empty, or an earlier result.
+        names: What an earlier result may hold.
 
     Returns:
         Its absolute path, links followed.
 
     Raises:
-        DataError: If it is a file, a mount point, holds files that are not the demo's, or
+        DataError: If it is a file, a mount point, holds files of another kind, or
             nothing can be written beside it (read-only, no permission, no space).
     """
     out = out.expanduser().resolve()
@@ -38,13 +39,13 @@ def check_output_folder(out: Path) -> Path:
     if out.is_mount():
         raise DataError(
             f"cannot write results to {out}: it is a mount point and cannot be replaced as a "
-            f"whole. Choose a folder inside it, e.g. --out {out / 'demo'}."
+            f"whole. Choose a folder inside it, e.g. --out {out / 'results'}."
         )
     if out.is_dir():
-        foreign = sorted({path.name for path in out.iterdir()} - RESULT_NAMES)
+        foreign = sorted({path.name for path in out.iterdir()} - set(names))
         if foreign:
             raise DataError(
-                f"{out} holds files that are not a demo's results ({', '.join(foreign[:3])}"
+                f"{out} holds files that are not earlier results ({', '.join(foreign[:3])}"
                 f"{', ...' if len(foreign) > 3 else ''}); they would be lost. "  # noqa: PLR2004
                 "Choose an empty or new folder for --out."
             )

@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from safebridge.analysis.curves import LayerCurve
 from safebridge.data.sample import open_image
 from safebridge.demo.charts import NOTHING, draw_bars, draw_curves, to_percent
-from safebridge.demo.results import Example, LayerCurve
+from safebridge.demo.results import Example
 
 __all__ = ["build_report"]
 

@@ -3,27 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Example", "LayerCurve"]
-
-
-@dataclass(frozen=True)
-class LayerCurve:
-    """One value per decoder layer, in degrees, with a band."""
-
-    name: str
-    """What was compared, e.g. "picture"."""
-
-    values: tuple[float, ...]
-    """The angular gap of each decoder layer, the first layer first."""
-
-    low: tuple[float, ...]
-    """Lower end of the 95 % bootstrap interval of each layer."""
-
-    high: tuple[float, ...]
-    """Upper end of the 95 % bootstrap interval of each layer."""
-
-    n: int
-    """Number of prompts on each side."""
+__all__ = ["Example"]
 
 
 @dataclass(frozen=True)

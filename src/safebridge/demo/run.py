@@ -6,17 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from safebridge.analysis.curves import LayerCurve
+from safebridge.analysis.safety_layers import measure_angular_gap
+from safebridge.analysis.states import capture_states
 from safebridge.data import twins as shipped_twins
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.triad import Triad, build_triad
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.examples import draw_examples
 from safebridge.demo.folders import check_output_folder, replaced_folder
-from safebridge.demo.layers import capture_last_states, measure_angular_gap
 from safebridge.demo.measure import count_requests, measure_answers
 from safebridge.demo.progress import Phases, show_phases
 from safebridge.demo.report import build_report
-from safebridge.demo.results import LayerCurve
 from safebridge.demo.source import Plan, TwinSource, choose_samples
 from safebridge.demo.summary import (
     Measurement,
@@ -129,6 +130,7 @@ def _fit(vlm: VLM, triad: Triad, config: DemoConfig, phases: Phases) -> Security
     """Fit the security tensor; the model's weights stay as they are."""
     settings = SecurityTensorsConfig(
         num_virtual_tokens=config.virtual_tokens,
+        position=config.position,
         epochs=config.epochs,
         batch_size=config.fit_batch_size,
         learning_rate=config.learning_rate,
@@ -163,7 +165,7 @@ def _measure_curves(
             "over_refusal_rate" if "image" in kind else "text_over_refusal_rate", "all"
         ]
         states = [
-            capture_last_states(vlm, group[: config.layer_samples], batch_size=config.batch_size)
+            capture_states(vlm, group[: config.layer_samples], batch_size=config.batch_size)
             for group in (harmless, harmful)
         ]
         step(1)
@@ -192,14 +194,15 @@ def _describe_run(
     """Return what was run, on what and with which settings."""
     details = method.metadata.details
     sets = ", ".join(f"{name} {count}" for name, count in details["samples"].items())
+    place = "after the picture" if config.position == "after_image" else "before the prompt"
     return {
         "model": {"name": vlm.name, "class": type(vlm.model).__name__, "revision": vlm.revision},
         "method": {
             "name": "security-tensors",
             "lines": [
                 (
-                    f"Security tensor: {config.virtual_tokens} fitted vectors before the prompt; "
-                    "the model's weights are untouched (Li et al. 2025, arXiv:2507.20994)."
+                    f"Security tensor: {config.virtual_tokens} fitted vectors {place}; the "
+                    "model's weights are untouched (Li et al. 2025, arXiv:2507.20994)."
                 ),
                 (
                     f"Fitted in {details['steps']} steps on {sets} samples: SA are harmful picture "

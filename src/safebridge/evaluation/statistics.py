@@ -1,7 +1,7 @@
 """Rates and differences of rates, each with n and a 95 % interval."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -10,8 +10,21 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from safebridge.errors import DataError
+from safebridge.optional import require
 
-__all__ = ["Difference", "Rate", "measure_difference", "measure_rate", "wilson_interval"]
+__all__ = [
+    "Difference",
+    "ErrorRates",
+    "Estimate",
+    "Rate",
+    "adjust_p_values",
+    "bootstrap_interval",
+    "correct_difference",
+    "correct_rate",
+    "measure_difference",
+    "measure_rate",
+    "wilson_interval",
+]
 
 
 @final
@@ -79,6 +92,40 @@ class Difference:
     def to_json(self) -> dict[str, float | int]:
         """Return `{"value", "low", "high", "n", "p_value"}`."""
         return asdict(self)
+
+
+@final
+@dataclass(frozen=True)
+class Estimate:
+    """Any number with its interval."""
+
+    value: float
+    """The estimate."""
+
+    low: float
+    """Lower end of the interval."""
+
+    high: float
+    """Upper end of the interval."""
+
+    n: int
+    """How many answers it rests on."""
+
+    def to_json(self) -> dict[str, float | int]:
+        """Return `{"value", "low", "high", "n"}`."""
+        return asdict(self)
+
+
+@final
+@dataclass(frozen=True)
+class ErrorRates:
+    """How often a judge is right, measured on answers that people have labelled."""
+
+    recall: Rate
+    """Of the answers people call refusals, the share that the judge does."""
+
+    false_alarm_rate: Rate
+    """Of the answers people call no refusal, the share that the judge calls one."""
 
 
 def wilson_interval(value: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -184,6 +231,193 @@ def measure_difference(
     won = sum(a and not b for b, a in zip(before, after, strict=True))
     p_value = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     return Difference(value, max(-1.0, low), min(1.0, high), first.n, p_value)
+
+
+def adjust_p_values(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of several tests by Holm's method.
+
+    A test whose adjusted value is below 5 % holds even though several were done.
+
+    Args:
+        p_values: One for each test; may be empty.
+
+    Raises:
+        DataError: If one is no probability.
+        MissingExtraError: If statsmodels is not installed.
+
+    Source:
+        Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    if any(not 0 <= p <= 1 for p in p_values):
+        raise DataError(f"p-values must be between 0 and 1, found {list(p_values)}.")
+    if not p_values:
+        return []
+    multitest = require("statsmodels.stats.multitest", extra="reports")
+    return [float(p) for p in multitest.multipletests(list(p_values), method="holm")[1]]
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.intp]], float],
+    n: int,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate any statistic of samples with a bootstrap percentile interval.
+
+    Args:
+        statistic: Takes the numbers of the drawn samples, one of them possibly several times.
+        n: Number of samples.
+        clusters: The cluster of each sample; whole clusters are drawn.
+        confidence: Coverage aimed at.
+        draws: Number of draws.
+        seed: Seed of the draws.
+
+    Raises:
+        DataError: If there are no samples, or `clusters` has another length.
+    """
+    if n < 1:
+        raise DataError("a bootstrap needs at least one sample, found none. Check the filter.")
+    if clusters is not None and len(clusters) != n:
+        raise DataError(f"{n} outcomes need as many clusters, found {len(clusters)}.")
+    names = range(n) if clusters is None else clusters
+    members: dict[Hashable, list[int]] = {}
+    for index, name in enumerate(names):
+        members.setdefault(name, []).append(index)
+    groups = [np.asarray(own) for own in members.values()]
+    value = float(statistic(np.arange(n)))
+    if len(groups) == 1:  # one cluster says nothing about the next
+        return Estimate(value, value, value, n)
+    found = stats.bootstrap(
+        (np.arange(len(groups)),),
+        lambda drawn: statistic(np.concatenate([groups[number] for number in drawn])),
+        n_resamples=draws,
+        vectorized=False,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(found.low), float(found.high), n)
+
+
+def correct_rate(
+    judged: Sequence[bool],
+    error: ErrorRates,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    r"""Estimate the rate that people would find from the rate that a judge found.
+
+    Computes $(p - f) / (r - f)$, cut to [0, 1], from the judge's rate $p$, its recall $r$ and
+    its false-alarm rate $f$. The bootstrap draws answers and, from their binomials, the two
+    error rates, so the interval knows that the judge's error is itself an estimate. It is right
+    for answers like those that the error was measured on, and no others.
+
+    Args:
+        judged: True where the judge found a refusal.
+        error: The judge's error.
+        clusters: As in `measure_rate`.
+        draws: Number of draws.
+        seed: Seed of the draws.
+
+    Raises:
+        DataError: If there is nothing to count, or the judge is no better than chance.
+
+    Source:
+        Rogan and Gladen 1978, "Estimating prevalence from the results of a screening test".
+    """
+    _check_judge(error)
+    outcomes = np.asarray(judged, dtype=float)
+    errors = _draw_errors([error], seed)
+
+    def estimate(rows: NDArray[np.intp]) -> float:
+        ((recall, false_alarms),) = next(errors)
+        return _corrected(float(outcomes[rows].mean()), recall, false_alarms)
+
+    return bootstrap_interval(estimate, len(judged), clusters=clusters, draws=draws, seed=seed)
+
+
+def correct_difference(
+    before: Sequence[bool],
+    after: Sequence[bool],
+    before_error: ErrorRates,
+    after_error: ErrorRates,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate the paired difference that people would find, after minus before.
+
+    Args:
+        before: Where the judge found a refusal in the first measurement.
+        after: The same in the second, in the same order.
+        before_error: The judge's error on answers like those of the first.
+        after_error: The judge's error on answers like those of the second.
+        clusters: As in `measure_rate`.
+        draws: Number of draws.
+        seed: Seed of the draws.
+
+    Raises:
+        DataError: If the two differ in length or are empty, or the judge is no better than
+            chance.
+
+    Source:
+        As `correct_rate`, for each side.
+    """
+    if len(before) != len(after):
+        raise DataError(
+            f"a paired difference needs the same samples twice, found {len(before)} before and "
+            f"{len(after)} after. Run both on one list of samples."
+        )
+    both = [before_error, after_error]
+    for error in both:
+        _check_judge(error)
+    errors = _draw_errors(both, seed)
+    sides = [np.asarray(side, dtype=float) for side in (before, after)]
+
+    def estimate(rows: NDArray[np.intp]) -> float:
+        first, second = (
+            _corrected(float(side[rows].mean()), *error)
+            for side, error in zip(sides, next(errors), strict=True)
+        )
+        return second - first
+
+    return bootstrap_interval(estimate, len(before), clusters=clusters, draws=draws, seed=seed)
+
+
+def _check_judge(error: ErrorRates) -> None:
+    if error.recall.value <= error.false_alarm_rate.value:
+        raise DataError(
+            f"a judge with recall {error.recall.value:.2f} and false alarms "
+            f"{error.false_alarm_rate.value:.2f} is no better than chance, so its rates cannot be "
+            "corrected. Take another judge."
+        )
+
+
+def _corrected(rate: float, recall: float, false_alarms: float) -> float:
+    if recall <= false_alarms:  # a draw in which the judge is useless bounds nothing
+        return rate
+    return min(1.0, max(0.0, (rate - false_alarms) / (recall - false_alarms)))
+
+
+def _draw_errors(errors: Sequence[ErrorRates], seed: int) -> Iterator[list[tuple[float, float]]]:
+    """Yield recall and false-alarm rate of each judge: as measured, then drawn anew each time."""
+    yield [(error.recall.value, error.false_alarm_rate.value) for error in errors]
+    rng = np.random.default_rng([seed, 1])
+    while True:
+        yield [
+            (
+                rng.binomial(error.recall.n, error.recall.value) / error.recall.n,
+                rng.binomial(error.false_alarm_rate.n, error.false_alarm_rate.value)
+                / error.false_alarm_rate.n,
+            )
+            for error in errors
+        ]
 
 
 def _effective_size(

@@ -1,10 +1,7 @@
 """The suites: Inspect AI tasks over Safebridge samples, with scorers that carry standard errors."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from inspect_ai import Task, task
@@ -14,6 +11,7 @@ from inspect_ai.model import ChatMessageUser, ContentImage, ContentText, Generat
 from inspect_ai.scorer import Score, Scorer, Target, grouped, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
+from safebridge.data.files import load_samples
 from safebridge.data.sample import Sample
 from safebridge.errors import DataError
 from safebridge.evaluation.judges import find_judge, score_naming
@@ -21,11 +19,9 @@ from safebridge.evaluation.judges import find_judge, score_naming
 __all__ = [
     "KINDS",
     "find_kind",
-    "load_samples",
     "naming",
     "naming_scorer",
     "refusal_scorer",
-    "save_samples",
     "twins",
 ]
 
@@ -177,57 +173,3 @@ def _to_inspect(
             "images": [str(path) for path in sample.images],
         },
     )
-
-
-def save_samples(samples: Sequence[Sample], path: Path | str) -> Path:
-    """Write samples as JSON lines, with picture paths relative to the file where possible.
-
-    Args:
-        samples: What to write.
-        path: The file; its folder must exist.
-    """
-    path = Path(path)
-    folder = path.parent.resolve()
-    lines = []
-    for sample in samples:
-        images = [image.resolve() for image in sample.images]
-        record = asdict(sample) | {
-            "images": [
-                str(image.relative_to(folder) if image.is_relative_to(folder) else image)
-                for image in images
-            ]
-        }
-        lines.append(json.dumps(record, ensure_ascii=False))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def load_samples(path: Path | str) -> list[Sample]:
-    """Read samples from JSON lines.
-
-    Args:
-        path: A file as `save_samples` writes it; picture paths are taken from its folder.
-
-    Raises:
-        DataError: If the file cannot be read, or a line is no sample; the message names it.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read samples from {path}: {error}.") from error
-    known = {field.name for field in fields(Sample)}
-    samples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            record["images"] = tuple(path.parent / image for image in record.get("images", ()))
-            samples.append(Sample(**record))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number} is no sample ({error}). A line is a JSON object with "
-                f"id, prompt and any of {', '.join(sorted(known - {'id', 'prompt'}))}."
-            ) from error
-    return samples

@@ -3,12 +3,24 @@
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Method", "SecurityTensors", "SecurityTensorsConfig"]
+__all__ = [
+    "ActivationRevision",
+    "ActivationRevisionConfig",
+    "Method",
+    "SecurityTensors",
+    "SecurityTensorsConfig",
+    "TextGuidedAlignment",
+    "TextGuidedAlignmentConfig",
+]
 
 _HOMES = {
+    "ActivationRevision": "safebridge.methods.activation_revision.method",
+    "ActivationRevisionConfig": "safebridge.methods.activation_revision.config",
     "Method": "safebridge.methods.protocol",
     "SecurityTensors": "safebridge.methods.security_tensors.method",
     "SecurityTensorsConfig": "safebridge.methods.security_tensors.config",
+    "TextGuidedAlignment": "safebridge.methods.text_guided_alignment.method",
+    "TextGuidedAlignmentConfig": "safebridge.methods.text_guided_alignment.config",
 }
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from safebridge.errors import DataError
 from safebridge.models.load import VLM
-from safebridge.models.tokens import encode, find_stop_token_ids
+from safebridge.models.tokens import Encoded, encode, find_stop_token_ids
 
 __all__ = ["generate_answers"]
 
@@ -20,6 +20,8 @@ def generate_answers(
     max_new_tokens: int = 24,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
+    prefixes: Sequence[str] | None = None,
+    prefix_format: str = "{}",
 ) -> list[str]:
     """Answer every prompt greedily.
 
@@ -35,6 +37,8 @@ def generate_answers(
         max_new_tokens: Longest answer in tokens.
         batch_size: Rows that are answered together; more is faster and takes more memory.
         progress: Called after each batch with the number of answers it brought.
+        prefixes: Text before the images of each prompt, as in `encode`.
+        prefix_format: How a prefix is written, as in `encode`.
 
     Returns:
         The answers alone, in the order of the prompts, without special tokens and
@@ -49,14 +53,25 @@ def generate_answers(
             f"{len(prompts)} prompts but {len(images)} lists of images. Pass one list for each "
             "prompt, empty for a prompt without images."
         )
+    if prefixes is not None and len(prefixes) != len(prompts):
+        raise DataError(
+            f"{len(prompts)} prompts but {len(prefixes)} prefixes. Pass one for each, empty for "
+            "none."
+        )
     if batch_size < 1 or max_new_tokens < 1:
         raise DataError("batch_size and max_new_tokens must be 1 or more.")
     answers = [""] * len(prompts)
     stops = find_stop_token_ids(vlm)
     for rows in _batches(prompts, images, batch_size):
-        batch = _answer_batch(
-            vlm, [prompts[i] for i in rows], [images[i] for i in rows], max_new_tokens, stops
+        encoded = encode(
+            vlm,
+            [prompts[i] for i in rows],
+            [images[i] for i in rows],
+            padding_side="left",
+            prefixes=None if prefixes is None else [prefixes[i] for i in rows],
+            prefix_format=prefix_format,
         )
+        batch = _answer_batch(vlm, encoded, max_new_tokens, stops)
         for row, answer in zip(rows, batch, strict=True):
             answers[row] = answer
         if progress is not None:
@@ -82,15 +97,8 @@ def _batches(
 
 
 @torch.inference_mode()
-def _answer_batch(
-    vlm: VLM,
-    prompts: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
-    max_new_tokens: int,
-    stops: list[int],
-) -> list[str]:
-    """Answer one batch."""
-    encoded = encode(vlm, prompts, images, padding_side="left")
+def _answer_batch(vlm: VLM, encoded: Encoded, max_new_tokens: int, stops: list[int]) -> list[str]:
+    """Answer one batch, padded on the left."""
     width = encoded.inputs["input_ids"].shape[1]
     pad = vlm.tokenizer.pad_token_id
     tokens = vlm.model.generate(

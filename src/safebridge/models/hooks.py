@@ -1,6 +1,8 @@
 """Context managers that read or replace what flows through a module, and leave no trace."""
 
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +11,15 @@ from torch import Tensor, nn
 
 from safebridge.errors import ShapeError
 
-__all__ = ["capture_input", "capture_output", "replace_input", "replace_output"]
+__all__ = [
+    "capture_input",
+    "capture_output",
+    "name_arguments",
+    "replace_input",
+    "replace_method",
+    "replace_output",
+    "set_on_instance",
+]
 
 
 @contextmanager
@@ -112,6 +122,72 @@ def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
         yield captured
     finally:
         handle.remove()
+
+
+@contextmanager
+def replace_method(model: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let a wrapper stand in for a method of one instance while the context is open.
+
+    Args:
+        model: The instance; its class is not touched.
+        name: The method, e.g. "generate".
+        wrapper: Called with the method first, then with the arguments of the call.
+
+    Yields:
+        Nothing; the method is as before afterwards, also on an error.
+    """
+    original = getattr(model, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    with set_on_instance(model, name, value=method):
+        yield
+
+
+@contextmanager
+def set_on_instance(model: Any, name: str, *, value: Any) -> Iterator[None]:
+    """Set an attribute on the instance alone and put back what was there.
+
+    Args:
+        model: The instance.
+        name: The attribute.
+        value: What it holds while the context is open.
+
+    Yields:
+        Nothing.
+    """
+    was_there = name in model.__dict__
+    before = model.__dict__.get(name)
+    model.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if was_there:
+            model.__dict__[name] = before
+        else:
+            del model.__dict__[name]
+
+
+def name_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call by name.
+
+    Args:
+        function: What is called.
+        args: Its positional arguments.
+        kwargs: Its other arguments.
+    """
+    if not args:
+        return dict(kwargs)
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def _first(value: Any, owner: nn.Module) -> Tensor:

@@ -1,7 +1,7 @@
 """From prompts and images to model inputs, with spans and labels of one tokenisation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -32,9 +32,9 @@ _MARK: Final = "Umbrella"
 @final
 @dataclass(frozen=True, eq=False)
 class TokenSpans:
-    """Which positions of a batch hold the image, the prompt's own text, and the answer.
+    """Which positions of a batch hold the prefix, the image, the prompt's own text, the answer.
 
-    The three never overlap. What is in none of them is padding or belongs to the chat
+    They never overlap. What is in none of them is padding or belongs to the chat
     template (turn markers, system text, the row ends of an image).
     """
 
@@ -46,6 +46,9 @@ class TokenSpans:
 
     answer: Bool[Tensor, "batch seq"]
     """True at the tokens of the answer, its end-of-turn token included."""
+
+    prefix: Bool[Tensor, "batch seq"]
+    """True at the tokens of the text before the images, its format left out."""
 
 
 @final
@@ -70,6 +73,8 @@ def encode(
     answers: Sequence[str] | None = None,
     *,
     padding_side: Literal["left", "right"] = "left",
+    prefixes: Sequence[str] | None = None,
+    prefix_format: str = "{}",
 ) -> Encoded:
     """Encode one user turn for each prompt, with its images before the text.
 
@@ -88,17 +93,21 @@ def encode(
         images: The pictures of each row, none to many; converted to RGB copies.
         answers: What the model should say, one for each row; None for generation.
         padding_side: "left" for generation, "right" for training.
+        prefixes: Text that stands before the images of each row, e.g. a retrieved description;
+            an empty one writes nothing. It needs a chat template.
+        prefix_format: How a prefix is written, with {} at its place, e.g. "Note: {}. ".
 
     Returns:
         Inputs on the model's device, spans, and labels.
 
     Raises:
         DataError: If the lists differ in length or are empty, an answer is empty, or a
-            prompt contains the model's image placeholder.
+            prompt or prefix contains the model's image placeholder.
         ShapeError: If the image positions do not match the images.
     """
     _check_lists(prompts, images, answers)
-    rows = _render_rows(vlm, prompts, images, answers)
+    written = _Prefixes(_check_prefixes(vlm, prompts, prefixes), prefix_format)
+    rows = _render_rows(vlm, prompts, images, answers, written)
     _check_image_counts(vlm, images)
     rgb = [[picture.convert("RGB") for picture in own] for own in images]
     features = _process(vlm, rows, rgb, padding_side)
@@ -158,13 +167,36 @@ def find_stop_token_ids(vlm: VLM) -> list[int]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row's text, and where its prompt and answer lie, counted from the text's end."""
+    """One row's text, and where its prompt and answer lie, counted from the text's end.
+
+    A prefix is counted from the text's start, because the images come between.
+    """
 
     text: str
     answer: str
     prompt_start: int
     prompt_end: int
     answer_start: int
+    prefix_start: int = 0
+    prefix_end: int = 0
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """The text before the images of each row, and how it is written."""
+
+    texts: Sequence[str]
+    form: str
+
+    def insert(self, number: int, place: int, text: str) -> tuple[str, int, int]:
+        """Return a row's text with its prefix, and where the prefix starts and ends."""
+        prefix = self.texts[number]
+        if not prefix:
+            return text, 0, 0
+        before, _, after = self.form.partition("{}")
+        start = place + len(before)
+        longer = f"{text[:place]}{before}{prefix}{after}{text[place:]}"
+        return longer, start, start + len(prefix)
 
 
 def _render_rows(
@@ -172,18 +204,27 @@ def _render_rows(
     prompts: Sequence[str],
     images: Sequence[Sequence[Image.Image]],
     answers: Sequence[str] | None,
+    prefixes: _Prefixes,
 ) -> list[_Row]:
     """Write every row's text."""
     end = find_end_of_turn(vlm) if answers is not None else ""
     after_prompt = _render_after(vlm)
+    place = _find_image_place(vlm) if any(prefixes.texts) else 0
     given = [""] * len(prompts) if answers is None else answers
     rows = []
     for number, (prompt, own, answer) in enumerate(zip(prompts, images, given, strict=True)):
-        text = _render(vlm, prompt, len(own))
+        text, start, stop = prefixes.insert(number, place, _render(vlm, prompt, len(own)))
         _check_placeholders(vlm, number, text, len(own))
         tail = "" if not answer else _answer_text(vlm, answer) + end
-        rows.append(_find_places(vlm, number, prompt, text, after_prompt=after_prompt, tail=tail))
+        row = _find_places(vlm, number, prompt, text, after_prompt=after_prompt, tail=tail)
+        rows.append(replace(row, prefix_start=start, prefix_end=stop))
     return rows
+
+
+def _find_image_place(vlm: VLM) -> int:
+    """Return where a turn's images begin: where turns with and without one part ways."""
+    pairs = enumerate(zip(_render(vlm, _MARK, 1), _render(vlm, _MARK, 0), strict=False))
+    return next((place for place, (shown, plain) in pairs if shown != plain), 0)
 
 
 def _render(vlm: VLM, prompt: str, num_images: int) -> str:
@@ -373,13 +414,20 @@ def _find_spans(
     is_first = is_written & ~is_second
     length = (ends * is_first).amax(dim=1, keepdim=True)
 
+    def place(field: str) -> Tensor:
+        return torch.tensor([[getattr(row, field)] for row in rows])
+
     def before_end(field: str) -> Tensor:
-        return length - torch.tensor([[getattr(row, field)] for row in rows])
+        return length - place(field)
 
     image = (input_ids == vlm.layout.image_token_id) & features["attention_mask"].bool()
     answer = (is_first & (ends > before_end("answer_start"))) | (is_written & is_second)
     text = is_first & (ends > before_end("prompt_start")) & (starts < before_end("prompt_end"))
-    return TokenSpans(image=image, text=text & ~image & ~answer, answer=answer)
+    prefix = is_first & (ends > place("prefix_start")) & (starts < place("prefix_end"))
+    prefix = prefix & ~image
+    return TokenSpans(
+        image=image, text=text & ~image & ~answer & ~prefix, answer=answer, prefix=prefix
+    )
 
 
 def _check_lists(
@@ -405,6 +453,25 @@ def _check_lists(
             f"answer {empty[0]} is empty, so there is nothing to learn from it. Leave that sample "
             "out, or pass answers=None to generate."
         )
+
+
+def _check_prefixes(
+    vlm: VLM, prompts: Sequence[str], prefixes: Sequence[str] | None
+) -> Sequence[str]:
+    """Return one prefix for each prompt, refusing those that cannot be written."""
+    if prefixes is None:
+        return [""] * len(prompts)
+    if len(prefixes) != len(prompts):
+        raise DataError(
+            f"{len(prompts)} prompts but {len(prefixes)} prefixes. Pass one for each, empty for "
+            "none."
+        )
+    if any(prefixes) and not _chat_template(vlm):
+        raise DataError(
+            f"'{vlm.name}' has no chat template, and its plain form has no place for text before "
+            "the images. Write that text into the prompt instead."
+        )
+    return prefixes
 
 
 def _check_image_counts(vlm: VLM, images: Sequence[Sequence[Image.Image]]) -> None:
@@ -473,6 +540,7 @@ def _on_device(vlm: VLM, encoded: Encoded) -> Encoded:
             image=spans.image.to(device),
             text=spans.text.to(device),
             answer=spans.answer.to(device),
+            prefix=spans.prefix.to(device),
         ),
         labels=None if encoded.labels is None else encoded.labels.to(device),
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from safebridge.errors import ArtifactError, SettingError
 from safebridge.optional import require
+from safebridge.training.processes import build_accelerator
 
 __all__ = [
     "LoopResult",
@@ -144,12 +145,15 @@ def train(
     validate: Callable[[], float] | None = None,
     progress: Callable[[TrainingEvent], object] | None = None,
     checkpoint: Path | None = None,
+    after_step: Callable[[], object] | None = None,
+    split: Callable[[Any, int, int], tuple[Any, float]] | None = None,
 ) -> LoopResult:
     """Minimise a loss with AdamW.
 
-    Under `accelerate launch` each process takes its share of the batches of a step and
-    the gradients are averaged, so that k processes with one batch each make the same
-    steps as one process that accumulates k batches.
+    Under `accelerate launch` with `split`, each process takes its share of every batch and
+    the gradients are added up, so that any number of processes makes the steps that one
+    makes. Without it, each takes its share of the batches of a step, so that k processes
+    with one batch each make the steps of one process that accumulates k batches.
 
     Args:
         groups: What to train; updated in place.
@@ -161,6 +165,9 @@ def train(
         progress: Called after each step and each epoch.
         checkpoint: File that the state is written to after each epoch, whole or not at
             all. If it exists, training goes on from it.
+        after_step: Called after each step, e.g. to keep parameters within a bound.
+        split: Given a batch, a process number and the number of processes, returns that
+            process's part and the part's share of the batch, from 0 (nothing) to 1.
 
     Returns:
         Steps, losses per epoch, and whether it stopped early.
@@ -171,7 +178,9 @@ def train(
     """
     if settings.patience and validate is None:
         raise SettingError("patience needs a validation. Pass validation=..., or patience=0.")
-    return _Loop(groups, batches, loss, settings, validate, progress, checkpoint).run()
+    loop = _Loop(groups, batches, loss, settings, validate, progress, checkpoint)
+    loop.after_step, loop.split = after_step, split
+    return loop.run()
 
 
 @contextmanager
@@ -208,9 +217,7 @@ class _Loop:
         self.batches, self.loss, self.settings = batches, loss, settings
         self.validate, self.progress, self.checkpoint = validate, progress, checkpoint
         self.parameters = {k: v for group in groups for k, v in group.parameters.items()}
-        self.accelerator = require("accelerate", extra="training").Accelerator(
-            device_placement=False
-        )
+        self.accelerator = build_accelerator()
         self.optimizer = torch.optim.AdamW(
             [
                 {
@@ -223,11 +230,15 @@ class _Loop:
         )
         self.rates = [group.learning_rate for group in groups]
         self.state = _State()
-        self.per_step = settings.accumulation_steps * self.accelerator.num_processes
-        planned = settings.epochs * math.ceil(len(batches(0)) / self.per_step)
-        self.total = min(planned, settings.max_steps or planned)
+        self.after_step: Callable[[], object] | None = None
+        self.split: Callable[[Any, int, int], tuple[Any, float]] | None = None
+        self.per_step = self.total = 0
 
     def run(self) -> LoopResult:
+        settings, world = self.settings, self.accelerator.num_processes
+        self.per_step = settings.accumulation_steps * (world if self.split is None else 1)
+        planned = settings.epochs * math.ceil(len(self.batches(0)) / self.per_step)
+        self.total = min(planned, settings.max_steps or planned)
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load(self.checkpoint)
         devices = {p.device for p in self.parameters.values() if p.device.type == "cuda"}
@@ -256,7 +267,7 @@ class _Loop:
             self._report("step", _means(found))
         losses, score = _means(sums), None
         if self.validate is not None:
-            score = float(self.validate())
+            score = self._agree(float(self.validate()))
             self._judge(score)
         state.epochs.append(losses if score is None else losses | {"score": score})
         self._report("epoch", losses, score)
@@ -268,14 +279,14 @@ class _Loop:
         world = self.accelerator.num_processes
         sums: dict[str, tuple[float, int]] = {}
         self.optimizer.zero_grad()
-        for batch in batches[self.accelerator.process_index :: world]:
+        for batch, share in self._own(batches):
             step = self.loss(batch)
             if not bool(torch.isfinite(step.loss)):
                 raise SettingError(
                     f"the loss became {step.loss.item()} at step {self.state.step}. Lower the "
                     "learning rate or use another number type."
                 )
-            self.accelerator.backward(step.loss / len(batches))
+            self.accelerator.backward(step.loss * share)
             _add(sums, step.by_set)
         self._share_gradients(world)
         if self.settings.max_grad_norm:
@@ -284,8 +295,29 @@ class _Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step()
         self.state.step += 1
         return self._gather(sums, world)
+
+    def _own(self, batches: Sequence[Any]) -> Iterator[tuple[Any, float]]:
+        """Yield what this process computes of a step, and its share of the step's loss."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if self.split is None or world == 1:
+            for batch in batches[rank::world]:
+                yield batch, 1 / len(batches)
+            return
+        for batch in batches:
+            part, share = self.split(batch, rank, world)
+            if share:
+                yield part, share / len(batches)
+
+    def _agree(self, score: float) -> float:
+        """Return the first process's score, so that all of them stop together."""
+        if self.accelerator.num_processes == 1:
+            return score
+        broadcast = require("accelerate.utils", extra="training").broadcast_object_list
+        return float(broadcast([score])[0])
 
     def _share_gradients(self, world: int) -> None:
         if world == 1:

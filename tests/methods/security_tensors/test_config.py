@@ -27,6 +27,8 @@ def test_every_field_has_a_text_under_it() -> None:
         ({"modality": "audio"}, '"textual" or "visual" or "both"'),
         ({"position": "end"}, '"prefix" or "after_image"'),
         ({"benign_loss": "mse"}, '"ce" or "kl"'),
+        ({"order": "pixels"}, '"joint" or "textual_first" or "visual_first"'),
+        ({"max_change_pixels_255": -1.0}, "must not be negative"),
         ({"num_virtual_tokens": 0}, "must be at least 1"),
         ({"learning_rate": 0.0}, "must be above 0"),
         ({"learning_rate": float("nan")}, "must be above 0"),
@@ -46,3 +48,11 @@ def test_settings_survive_a_round_trip_and_strangers_do_not() -> None:
     values["threshold"] = 1
     with pytest.raises(SettingError, match=r"missing \['seed'\], unknown \['threshold'\]"):
         SecurityTensorsConfig.from_dict(values)
+
+
+def test_settings_of_the_first_release_are_read_as_they_were_meant() -> None:
+    values = SecurityTensorsConfig(benign_loss="kl", kl_top_k=0).to_dict()
+    later = {"order", "visual_side", "max_change_pixels_255", "kl_top_k",
+             "is_gradient_checkpointed"}  # fmt: skip
+    first = {name: value for name, value in values.items() if name not in later}
+    assert SecurityTensorsConfig.from_dict(first).to_dict() == values

@@ -1,16 +1,15 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from safebridge.data.sample import Sample, open_images
 from safebridge.methods.security_tensors.application import apply_tensors
+from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
-from safebridge.methods.security_tensors.engines import (
-    DecoderEngine,
-    ModelEngine,
-    build_engine,
-)
+from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
+from safebridge.methods.security_tensors.engines import ModelEngine, build_engine
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.prepare import prepare_samples
 from safebridge.models.hooks import capture_output
@@ -28,12 +27,26 @@ def config_of(**options: object) -> SecurityTensorsConfig:
 
 
 def decoder_engine(
-    vlm: VLM, samples: list[Sample], config: SecurityTensorsConfig, *, is_shared: bool = True
+    vlm: VLM,
+    samples: list[Sample],
+    config: SecurityTensorsConfig,
+    *,
+    is_shared: bool = True,
+    cache: TensorCache | None = None,
 ) -> tuple[DecoderEngine, SecurityTensorModule]:
-    module = build_module(vlm, config, None)
+    inputs = encode(vlm, ["a"], [open_images(samples[0])]).inputs
+    module = build_module(vlm, config, inputs)
     prepared = prepare_samples(vlm, samples, max_answer_tokens=config.max_answer_tokens)
     assert prepared is not None
-    return DecoderEngine(vlm, samples, config, module, prepared, is_shared=is_shared), module
+    engine = DecoderEngine(vlm, samples, config, module, prepared, is_shared=is_shared, cache=cache)
+    return engine, module
+
+
+def losses_and_gradients(
+    engine: DecoderEngine | ModelEngine, module: SecurityTensorModule, indices: list[int]
+) -> list[torch.Tensor]:
+    losses = engine.losses(indices)
+    return [losses, *torch.autograd.grad(losses.sum(), list(module.parameters()))]
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -74,18 +87,104 @@ def test_the_decoder_alone_gives_the_losses_and_gradients_of_the_whole_model(
     torch.testing.assert_close(grad, expected_grad, atol=1e-4, rtol=1e-3)
 
 
-def test_shared_and_unshared_prefixes_have_the_same_losses_and_gradients(
-    tiny: Callable[[str], VLM], triad: list[Sample]
+@pytest.mark.parametrize("position", ["prefix", "after_image"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llava_next"])
+def test_shared_and_unshared_tokens_have_the_same_losses_and_gradients(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str, position: str
 ) -> None:
-    vlm, config, results = tiny("llava"), config_of(), []
+    vlm, config, results = tiny(family), config_of(position=position), []
     with freeze(vlm.model):
         for is_shared in (True, False):
             engine, module = decoder_engine(vlm, triad, config, is_shared=is_shared)
-            losses = engine.losses(list(range(6)))
-            assert module.tokens is not None
-            results.append((losses, *torch.autograd.grad(losses.sum(), module.tokens)))
+            results.append(losses_and_gradients(engine, module, list(range(6))))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
+
+
+def test_what_stands_before_the_virtual_tokens_is_computed_once_per_picture(
+    tiny: Callable[[str], VLM], triad: list[Sample], tmp_path: Path
+) -> None:
+    vlm, config = tiny("llava"), config_of(position="after_image")
+    first, _ = decoder_engine(vlm, triad, config, cache=TensorCache(tmp_path))
+    with capture_output(vlm.layout.get(vlm.model, "final_norm")) as passes:
+        before = first.losses([0, 1, 2])
+        assert len(passes) == 3 + 1  # three pictures and the batch
+        first.losses([0, 1, 2])
+        assert len(passes) == 3 + 2
+        second, _ = decoder_engine(vlm, triad, config, cache=TensorCache(tmp_path))
+        assert torch.equal(second.losses([0, 1, 2]), before)
+        assert len(passes) == 3 + 3  # found on disk by another fit
+    # The batch itself holds the virtual tokens and what follows the picture, and no more.
+    longest = max(len(e.input_ids) - at for e, at in zip(first.prepared.examples, first.insertions,
+                                                         strict=True))  # fmt: skip
+    assert passes[-1].shape[1] <= longest + 3
+
+
+@pytest.mark.parametrize("kl_top_k", [0, 8])
+@pytest.mark.parametrize("modality", ["visual", "both"])
+@pytest.mark.parametrize("position", ["prefix", "after_image"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "pixtral", "instructblip"])
+def test_a_visual_tensor_through_the_decoder_alone_has_the_gradients_of_the_whole_model(
+    tiny: Callable[[str], VLM],
+    triad: list[Sample],
+    family: str,
+    position: str,
+    modality: str,
+    kl_top_k: int,
+) -> None:
+    vlm = tiny(family)
+    config = config_of(modality=modality, position=position, benign_loss="kl", kl_top_k=kl_top_k)
+    indices = [0, 4, 1, 5]  # 0 and 4, 1 and 5 show the same pictures
+    with freeze(vlm.model):
+        engine, module = decoder_engine(vlm, triad, config)
+        found = losses_and_gradients(engine, module, indices)
+        expected = losses_and_gradients(ModelEngine(vlm, triad, config, module), module, indices)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-3)
+
+
+def test_under_a_visual_tensor_each_distinct_picture_of_a_batch_passes_the_tower_once(
+    tiny: Callable[[str], VLM], triad: list[Sample]
+) -> None:
+    vlm, rows = tiny("llava"), []
+    engine, _ = decoder_engine(vlm, triad, config_of(modality="visual"))
+    tower = vlm.layout.get(vlm.model, "vision_tower")
+    handle = tower.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        engine.losses([0, 4, 1, 5])
+    finally:
+        handle.remove()
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "gemma3"])
+def test_checkpointed_layers_give_the_same_gradients_from_less_memory(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str
+) -> None:
+    vlm, results, kept = tiny(family), [], []
+    for is_on in (False, True):
+        config = config_of(modality="both", is_gradient_checkpointed=is_on)
+        inputs = encode(vlm, ["a"], [open_images(triad[0])]).inputs
+        with freeze(vlm.model):
+            module = build_module(vlm, config, inputs)
+            engine = build_engine(vlm, triad, config, module)
+            assert isinstance(engine, ModelEngine) or not is_on
+            whole = ModelEngine(vlm, triad, config, module)
+            size = 0
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor:
+                nonlocal size
+                size += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                losses = whole.losses([0, 1, 2])
+            kept.append(size)
+            gradients = torch.autograd.grad(losses.sum(), list(module.parameters()))
+            results.append([losses, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert kept[1] < kept[0] / 2
 
 
 def test_samples_with_and_without_pictures_share_a_batch(
@@ -128,11 +227,12 @@ def test_the_head_runs_at_answer_tokens_alone(
     assert [len(rows) for rows in logits] == [labels]
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
 def test_the_undefended_distribution_is_computed_once_per_sample(
-    tiny: Callable[[str], VLM], triad: list[Sample]
+    tiny: Callable[[str], VLM], triad: list[Sample], top_k: int
 ) -> None:
     vlm = tiny("llava")
-    engine, _ = decoder_engine(vlm, triad, config_of(benign_loss="kl"))
+    engine, _ = decoder_engine(vlm, triad, config_of(benign_loss="kl", kl_top_k=top_k))
     with capture_output(vlm.layout.get(vlm.model, "final_norm")) as passes:
         first = engine.losses([0, 1])
         again = engine.losses([0, 1])

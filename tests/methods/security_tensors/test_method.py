@@ -19,7 +19,8 @@ from safebridge.methods.protocol import Method
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.engines import ModelEngine
 from safebridge.methods.security_tensors.method import SecurityTensors
-from safebridge.methods.security_tensors.modules import SecurityTensorModule, add_pixels
+from safebridge.methods.security_tensors.modules import SecurityTensorModule
+from safebridge.methods.security_tensors.pixels import add_pixels
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
 from safebridge.registry import METHODS, resolve
@@ -151,6 +152,88 @@ def test_a_fit_that_was_cut_off_goes_on(
     found = SecurityTensors.fit(vlm, triad, config, checkpoint=tmp_path / "c")
     assert torch.equal(found.tensors["tokens"], expected.tensors["tokens"])
     assert found.metadata == expected.metadata
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_bound_in_pixels_holds_from_the_start_to_the_end(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str
+) -> None:
+    vlm = tiny(family)
+    config = SecurityTensorsConfig(
+        modality="visual", max_change_pixels_255=6.0, visual_learning_rate=0.1, max_steps=3
+    )
+    pixels = SecurityTensors.fit(vlm, triad, config).tensors["pixels"]
+    deviation = torch.tensor(vlm.processor.image_processor.image_std)[:, None, None]
+    change = (pixels * deviation * 255).abs()
+    assert float(change.max()) == pytest.approx(6.0, rel=1e-4)  # it is reached and not passed
+    free = replace(config, max_change_pixels_255=0.0)
+    wide = SecurityTensors.fit(vlm, triad, free).tensors["pixels"]
+    assert float((wide * deviation * 255).abs().max()) > 20
+
+
+@pytest.mark.parametrize(
+    ("order", "kept"), [("textual_first", "tokens"), ("visual_first", "pixels")]
+)
+def test_the_part_that_is_fitted_first_stays_as_it_is(
+    tiny: Callable[[str], VLM], triad: list[Sample], order: str, kept: str
+) -> None:
+    vlm = tiny("llava")
+    config = SecurityTensorsConfig(
+        modality="both", order=order, num_virtual_tokens=2, epochs=2, batch_size=3
+    )
+    modality = {"tokens": "textual", "pixels": "visual"}[kept]
+    alone = SecurityTensors.fit(vlm, triad, replace(config, modality=modality))
+    both = SecurityTensors.fit(vlm, triad, config)
+    joint = SecurityTensors.fit(vlm, triad, replace(config, order="joint"))
+    assert set(both.tensors) == {"tokens", "pixels"}
+    if kept == "tokens":  # the pixels are drawn after the tokens, so alone they start elsewhere
+        assert torch.equal(both.tensors[kept], alone.tensors[kept])
+    other = "pixels" if kept == "tokens" else "tokens"
+    assert not torch.allclose(both.tensors[other], joint.tensors[other], atol=1e-4)
+    assert not torch.allclose(both.tensors[kept], joint.tensors[kept], atol=1e-4)
+    assert both.metadata.details["steps"] == 2 * joint.metadata.details["steps"]
+    assert len(both.metadata.details["losses"]) == 4
+
+
+def test_a_second_stage_that_was_cut_off_goes_on(
+    tiny: Callable[[str], VLM], triad: list[Sample], tmp_path: Path
+) -> None:
+    vlm = tiny("llava")
+    config = SecurityTensorsConfig(
+        modality="both", order="textual_first", num_virtual_tokens=2, epochs=2, batch_size=3
+    )
+    expected, seen = SecurityTensors.fit(vlm, triad, config), []
+
+    def stop(event: TrainingEvent) -> None:
+        seen.append(event)
+        if len(seen) == 2 * (2 + 1) + 4:  # the second stage's second epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        SecurityTensors.fit(vlm, triad, config, checkpoint=tmp_path / "c", progress=stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.2"]
+    found = SecurityTensors.fit(vlm, triad, config, checkpoint=tmp_path / "c")
+    for name, value in expected.tensors.items():
+        assert torch.equal(found.tensors[name], value)
+    assert found.metadata == expected.metadata
+
+
+def test_a_cache_folder_changes_nothing_and_is_found_again(
+    tiny: Callable[[str], VLM], triad: list[Sample], tmp_path: Path
+) -> None:
+    vlm = tiny("llava")
+    config = SecurityTensorsConfig(
+        num_virtual_tokens=2, epochs=2, batch_size=3, position="after_image", benign_loss="kl"
+    )
+    expected = SecurityTensors.fit(vlm, triad, config).tensors["tokens"]
+    written: list[dict[Path, int]] = []
+    for _ in range(2):
+        found = SecurityTensors.fit(vlm, triad, config, cache=tmp_path).tensors["tokens"]
+        torch.testing.assert_close(found, expected)
+        written.append({path: path.stat().st_mtime_ns for path in tmp_path.iterdir()})
+    assert written[0] == written[1]
+    # The keys and values of four pictures, and the answers of four benign samples.
+    assert len(written[0]) == 4 + 4
 
 
 def test_an_artifact_of_another_model_names_both(

@@ -6,8 +6,10 @@ import torch
 from safebridge.methods.security_tensors.objective import (
     answer_cross_entropy,
     answer_forward_kl,
+    answer_top_k_kl,
     build_batches,
     keep_first_labels,
+    keep_top_k,
 )
 
 ROWS = torch.tensor([0, 0, 1])
@@ -31,6 +33,36 @@ def test_forward_kl_equals_a_plain_loop() -> None:
 def test_forward_kl_of_a_model_to_itself_is_zero() -> None:
     logits = torch.randn(3, 5)
     assert answer_forward_kl(logits, logits + 2.0, ROWS, 2).abs().max() < 1e-6
+
+
+def test_top_k_kl_equals_a_plain_loop_over_the_kept_and_the_rest() -> None:
+    logits, reference = torch.randn(3, 6), torch.randn(3, 6)
+    p0, p = reference.softmax(-1), logits.softmax(-1)
+    single = []
+    for i in range(3):
+        kept = sorted(range(6), key=lambda v, i=i: -float(p0[i, v]))[:2]
+        left = [v for v in range(6) if v not in kept]
+        pairs = [(p0[i, v], p[i, v]) for v in kept] + [(p0[i, left].sum(), p[i, left].sum())]
+        single.append(sum(a * (a / b).log() for a, b in pairs))
+    expected = torch.stack([(single[0] + single[1]) / 2, single[2]])
+    found = answer_top_k_kl(logits, *keep_top_k(reference, 2), ROWS, 2)
+    torch.testing.assert_close(found, expected)
+    assert bool((found <= answer_forward_kl(logits, reference, ROWS, 2) + 1e-6).all())
+
+
+@pytest.mark.parametrize("top_k", [5, 100])
+def test_top_k_kl_over_the_whole_vocabulary_is_the_forward_kl(top_k: int) -> None:
+    logits, reference = torch.randn(3, 6), torch.randn(3, 6)
+    found = answer_top_k_kl(logits, *keep_top_k(reference, top_k), ROWS, 2)
+    torch.testing.assert_close(found, answer_forward_kl(logits, reference, ROWS, 2))
+
+
+def test_top_k_kl_of_a_model_to_itself_is_zero_with_a_zero_gradient() -> None:
+    logits = torch.randn(3, 6, requires_grad=True)
+    loss = answer_top_k_kl(logits, *keep_top_k(logits.detach() + 2.0, 2), ROWS, 2)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-6
 
 
 def test_every_sample_is_in_one_batch_of_its_group() -> None:

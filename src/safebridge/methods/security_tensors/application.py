@@ -1,8 +1,6 @@
 """Puts a security tensor into a model's own `forward` and `generate`, and takes it out again."""
 
 import copy
-import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from safebridge.errors import SafebridgeError, SettingError
 from safebridge.methods.security_tensors.insertion import (
@@ -22,12 +21,26 @@ from safebridge.methods.security_tensors.insertion import (
     place_tokens,
     remove_columns,
 )
-from safebridge.methods.security_tensors.modules import add_pixels
+from safebridge.methods.security_tensors.pixels import add_to_pictures
+from safebridge.models.hooks import name_arguments, replace_method, set_on_instance
 from safebridge.models.load import VLM
 
 __all__ = ["apply_tensors"]
 
 _MARK: Final = "_safebridge_security_tensor"
+_PLAIN_INPUTS: Final = frozenset(
+    {
+        "attention_mask",
+        "cache_position",
+        "inputs_embeds",
+        "logits_to_keep",  # meant for the head, and passed on by some
+        "past_key_values",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""What a decoder may be called with for its prefix to be taken from keys and values."""
 
 
 @contextmanager
@@ -75,9 +88,12 @@ def apply_tensors(
         return
     application = _Application(vlm, tokens, pixels, position, strength)
     with ExitStack() as stack:
-        stack.enter_context(_set_on_instance(vlm.model, _MARK, value=True))
-        stack.enter_context(_replace_method(vlm.model, "forward", application.forward))
-        stack.enter_context(_replace_method(vlm.model, "generate", application.generate))
+        stack.enter_context(set_on_instance(vlm.model, _MARK, value=True))
+        stack.enter_context(replace_method(vlm.model, "forward", application.forward))
+        stack.enter_context(replace_method(vlm.model, "generate", application.generate))
+        if tokens is not None and position == "prefix" and strength == 1:
+            decoder = vlm.layout.get(vlm.model, "language_model")
+            stack.enter_context(replace_method(decoder, "forward", application.decode))
         for handle in application.register_hooks():
             stack.callback(handle.remove)
         yield
@@ -122,6 +138,7 @@ class _Application:
         self.columns: _Columns | None = None
         self.is_generating = False
         self.prefilled: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.prefix: list[tuple[Tensor, Tensor]] | None = None
 
     def register_hooks(self) -> Iterator[Any]:
         """Register the hooks that place the tokens and, if needed, weigh them."""
@@ -137,7 +154,7 @@ class _Application:
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one forward pass with the security tensor in it."""
-        inputs = _named(original, args, kwargs)
+        inputs = name_arguments(original, args, kwargs)
         past = _cached_length(inputs.get("past_key_values"))
         if self.is_generating:  # `generate` has prepared the inputs already
             with self._at(self.columns and replace(self.columns, start=past)):
@@ -149,7 +166,7 @@ class _Application:
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Generate with the security tensor in the prompt."""
-        inputs = _named(original, args, kwargs)
+        inputs = name_arguments(original, args, kwargs)
         prompt = inputs.pop("inputs", None)
         if prompt is not None:
             inputs["input_ids"] = prompt
@@ -166,6 +183,57 @@ class _Application:
             self.is_generating = False
         return output if columns is None else self._close(output, columns, inputs["input_ids"])
 
+    def decode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder; a prefix that it has seen before comes from its keys and values."""
+        inputs = name_arguments(original, args, kwargs)
+        if not self._can_reuse_prefix(inputs):
+            return original(**inputs)
+        n, embeddings, cache = self.n, inputs["inputs_embeds"], inputs["past_key_values"]
+        if self.prefix is None:
+            own = DynamicCache()
+            original(inputs_embeds=embeddings[:1, :n], past_key_values=own, use_cache=True)
+            self.prefix = [(layer.keys, layer.values) for layer in own.layers]
+        for number, states in enumerate(self.prefix):
+            cache.update(*(each.expand(len(embeddings), -1, -1, -1) for each in states), number)
+        shorter = dict(inputs, inputs_embeds=embeddings[:, n:])
+        for name in ("position_ids", "cache_position"):
+            if isinstance(inputs.get(name), Tensor):
+                shorter[name] = inputs[name][..., n:]
+        output = original(**shorter)
+        hidden = output.last_hidden_state
+        # What a prefix would give is cut off again; zeros keep the columns in their places.
+        gap = hidden.new_zeros(hidden.shape[0], n, hidden.shape[2])
+        output["last_hidden_state"] = torch.cat([gap, hidden], dim=1)
+        return output
+
+    def _can_reuse_prefix(self, inputs: dict[str, Any]) -> bool:
+        """Return whether a call is a prompt whose first n columns are the prefix and nothing else.
+
+        Left padding stands before the prefix of its row, and some decoders take more than
+        embeddings, a mask and positions; both take the plain way.
+        """
+        columns, cache = self.columns, inputs.get("past_key_values")
+        embeddings, mask = inputs.get("inputs_embeds"), inputs.get("attention_mask")
+        positions = inputs.get("position_ids")
+        wanted = torch.arange(self.n, device=self.vlm.device)
+        return (
+            columns is not None
+            and columns.start == 0
+            and not torch.is_grad_enabled()
+            and isinstance(embeddings, Tensor)
+            and embeddings.shape[1] == columns.length > self.n
+            and not bool(columns.at.any())
+            and type(cache) is DynamicCache
+            and _cached_length(cache) == 0
+            and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))  # noqa: PLR2004 - batch, seq
+            and (positions is None or bool((positions[..., : self.n] == wanted).all()))
+            and not any(
+                value is not None and value is not False
+                for name, value in inputs.items()
+                if name not in _PLAIN_INPUTS
+            )
+        )
+
     @contextmanager
     def _at(self, columns: _Columns | None) -> Iterator[None]:
         before, self.columns = self.columns, columns
@@ -175,10 +243,9 @@ class _Application:
             self.columns = before
 
     def _change_pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        values = inputs.get("pixel_values")
-        if self.pixels is None or values is None:
+        if self.pixels is None:
             return inputs
-        return inputs | {"pixel_values": add_pixels(values, self.pixels, strength=self.strength)}
+        return add_to_pictures(self.vlm, inputs, self.pixels, strength=self.strength)
 
     def _open(self, inputs: dict[str, Any]) -> tuple[_Columns, dict[str, Any]]:
         """Open the virtual columns in the inputs of a prompt."""
@@ -330,47 +397,5 @@ def _with_bias(mask: Any, bias: Tensor, queries: int) -> Tensor:
     return (mask + bias).clamp(min=lowest)
 
 
-def _named(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    names = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
 def _cached_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
-
-
-@contextmanager
-def _replace_method(model: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Let a wrapper stand in for a method of one instance; it gets the method first."""
-    original = getattr(model, name)
-
-    @functools.wraps(original)
-    def method(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    with _set_on_instance(model, name, value=method):
-        yield
-
-
-@contextmanager
-def _set_on_instance(model: Any, name: str, *, value: Any) -> Iterator[None]:
-    """Set an attribute on the instance alone and put back what was there."""
-    was_there = name in model.__dict__
-    before = model.__dict__.get(name)
-    model.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if was_there:
-            model.__dict__[name] = before
-        else:
-            del model.__dict__[name]

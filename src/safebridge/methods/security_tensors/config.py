@@ -13,6 +13,7 @@ SET_NAMES: Final = ("SA", "TCB", "GB")
 
 _CHOICES: Final = {
     "modality": ("textual", "visual", "both"),
+    "order": ("joint", "textual_first", "visual_first"),
     "position": ("prefix", "after_image"),
     "init": ("embeddings", "random"),
     "benign_loss": ("ce", "kl"),
@@ -32,7 +33,18 @@ _NOT_NEGATIVE: Final = (
     "patience",
     "max_grad_norm",
     "visual_init_std",
+    "visual_side",
+    "max_change_pixels_255",
+    "kl_top_k",
 )
+_ADDED: Final = {
+    "order": "joint",
+    "visual_side": 0,
+    "max_change_pixels_255": 0.0,
+    "kl_top_k": 0,
+    "is_gradient_checkpointed": False,
+}
+"""Settings that artifacts of version 0.1.0 lack, with the values that they were fitted by."""
 
 
 @final
@@ -48,8 +60,12 @@ class SecurityTensorsConfig:
     """
 
     modality: str = "textual"
-    """Which tensor to fit: "textual" (virtual tokens), "visual" (added to the pixels) or "both"
-    jointly. The paper fits the two apart and never combines them."""
+    """Which tensor to fit: "textual" (virtual tokens), "visual" (added to the pixels) or "both".
+    The paper fits the two apart and never combines them."""
+
+    order: str = "joint"
+    """How "both" are fitted: "joint" (together), or one after the other with the first one kept
+    as it is: "textual_first" or "visual_first". Each of the two then takes `epochs`."""
 
     num_virtual_tokens: int = 32
     """Number of virtual tokens of the textual tensor. Paper: 300 for Llama 3.2 Vision, 100 for
@@ -72,6 +88,16 @@ class SecurityTensorsConfig:
     visual_init_std: float = 0.2
     """Standard deviation of the visual tensor's normal start, in units of preprocessed pixels.
     Authors' code: 0.2."""
+
+    visual_side: int = 0
+    """Side in pixels of the visual tensor for models that take pictures of any size (Qwen-VL,
+    Pixtral), where it is resampled to each picture; 0 takes the first picture's height and
+    width. Other models prescribe the size."""
+
+    max_change_pixels_255: float = 0.0
+    """Largest change of a colour value by the visual tensor, in units of pixels from 0 to 255; 0
+    sets no bound, as in the authors' released tensors. The paper names a threshold of 1, in units
+    that it does not say."""
 
     weight_decay: float = 0.01
     """Weight decay of AdamW. Authors' code: 0.01 for the textual tensor; plain Adam for the
@@ -103,6 +129,11 @@ class SecurityTensorsConfig:
     """Loss on benign samples: "ce" (cross-entropy on the model's own answer, as in the authors'
     code) or "kl" (forward KL from the undefended model's distribution, as in the paper's text)."""
 
+    kl_top_k: int = 64
+    """How many of the undefended model's likeliest tokens are kept for "kl" at each answer token,
+    with the probability of all others as one more; computed once for each sample. 0 takes
+    the whole vocabulary."""
+
     max_answer_tokens: int = 0
     """Answer tokens that count in the loss, from the first on; 0 counts all, as in the paper.
     The first words decide whether an answer is a refusal, and the rest is not computed then."""
@@ -119,6 +150,10 @@ class SecurityTensorsConfig:
     autocast: str = "none"
     """Arithmetic of the forward pass: "none" (the model's own type) or "bfloat16". The tensor
     itself is always kept and updated in float32."""
+
+    is_gradient_checkpointed: bool = False
+    """Compute every layer twice instead of keeping what the backward pass needs of it: less
+    memory, more time. Counts where the whole model runs; see docs/security-tensors.md."""
 
     patience: int = 0
     """Stop after this many epochs without a better validation score and keep the best tensor; 0
@@ -166,12 +201,15 @@ class SecurityTensorsConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "SecurityTensorsConfig":
         """Rebuild settings, refusing missing and unknown names.
 
+        Settings that came after version 0.1.0 may be missing.
+
         Args:
             values: What `to_dict` returned.
 
         Raises:
             SettingError: If a setting is missing, unknown or out of range.
         """
+        values = {**_ADDED, **values}
         names = {item.name for item in fields(cls)}
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         if missing or unknown:

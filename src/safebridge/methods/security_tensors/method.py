@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, final
 
@@ -16,10 +17,14 @@ from safebridge.artifacts.store import ArtifactMetadata, load_artifact, save_art
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import DataError, ModelMismatchError, SettingError, ShapeError
 from safebridge.methods.security_tensors.application import apply_tensors
+from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SET_NAMES, SecurityTensorsConfig
-from safebridge.methods.security_tensors.engines import DecoderEngine, Engine, build_engine
+from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
+from safebridge.methods.security_tensors.engines import Engine, build_engine
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.objective import build_batches
+from safebridge.methods.security_tensors.pixels import find_pixel_limits
+from safebridge.methods.security_tensors.stages import Stage, plan_stages
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
 from safebridge.training.loop import (
@@ -73,6 +78,7 @@ class SecurityTensors:
         validation: Validation | None = None,
         progress: Callable[[TrainingEvent], object] | None = None,
         checkpoint: Path | None = None,
+        cache: Path | None = None,
         data_source: str = "",
     ) -> "SecurityTensors":
         """Learn a security tensor; model and samples stay as they were.
@@ -87,7 +93,11 @@ class SecurityTensors:
             validation: After each epoch either the held-out loss of these samples, or any
                 score of the tensor so far (higher is better). The best epoch is kept.
             progress: Told the loss of each set after each step and epoch.
-            checkpoint: File to resume from and to write after each epoch.
+            checkpoint: File to resume from and to write after each epoch; a second stage
+                writes one beside it.
+            cache: Folder for what is computed once (keys and values, preprocessed pictures,
+                the undefended model's answers) and found by later fits; None takes a
+                temporary one.
             data_source: Name of the data for the artifact; a digest of the samples is
                 stored in any case.
 
@@ -100,21 +110,28 @@ class SecurityTensors:
         """
         config = config or SecurityTensorsConfig()
         _check_samples(samples)
-        with freeze(vlm.model):
-            module = build_module(vlm, config, _first_pixels(vlm, samples, config))
-            engine = build_engine(vlm, samples, config, module)
-            score = _score_of(vlm, validation, config, module)
-            result = train(
-                _groups(module, config),
-                lambda epoch: _batches(engine, samples, config, config.seed + epoch),
-                lambda batch: _step_loss(engine, samples, config, batch),
-                _loop_settings(config),
-                validate=score,
-                progress=progress,
-                checkpoint=checkpoint,
-            )
-        details = _details(samples, result, engine)
+        runs: list[tuple[LoopResult, Engine]] = []
+        with freeze(vlm.model), _open_cache(cache) as store:
+            module = build_module(vlm, config, _first_inputs(vlm, samples, config))
+            for number, stage in enumerate(plan_stages(config)):
+                part = module.part(*stage.present)
+                for name, parameter in part.named_parameters():
+                    parameter.requires_grad_(name in stage.trained)
+                engine = build_engine(vlm, samples, config, part, store)
+                result = _run_stage(
+                    engine,
+                    samples,
+                    config,
+                    stage,
+                    part,
+                    validate=_score_of(vlm, validation, config, part, store),
+                    progress=progress,
+                    checkpoint=_stage_checkpoint(checkpoint, number),
+                    after_step=_bound(vlm, config, part),
+                )
+                runs.append((result, engine))
         source = data_source or f"{len(samples)} samples"
+        details = _details(samples, runs)
         return cls(config, module.tensors(), _metadata(vlm, config, source, details))
 
     @contextmanager
@@ -234,23 +251,89 @@ def _check_samples(samples: Sequence[Sample]) -> None:
             )
 
 
-def _first_pixels(
+def _first_inputs(
     vlm: VLM, samples: Sequence[Sample], config: SecurityTensorsConfig
-) -> Tensor | None:
+) -> Mapping[str, Tensor] | None:
     """Preprocess one sample for the shape of its pictures."""
     if not config.has_visual:
         return None
     sample = next((sample for sample in samples if sample.images), None)
     if sample is None:
         raise SettingError('a visual tensor needs pictures. Use modality="textual".')
-    return encode(vlm, [sample.prompt], [open_images(sample)]).inputs.get("pixel_values")
+    return encode(vlm, [sample.prompt], [open_images(sample)]).inputs
 
 
-def _groups(module: SecurityTensorModule, config: SecurityTensorsConfig) -> list[ParameterGroup]:
+@contextmanager
+def _open_cache(folder: Path | None) -> Iterator[TensorCache]:
+    if folder is not None:
+        yield TensorCache(folder)
+        return
+    with TemporaryDirectory(prefix="safebridge-") as temporary:
+        yield TensorCache(Path(temporary))
+
+
+def _stage_checkpoint(checkpoint: Path | None, number: int) -> Path | None:
+    if checkpoint is None or number == 0:
+        return checkpoint
+    return checkpoint.with_name(f"{checkpoint.name}.{number + 1}")
+
+
+def _bound(
+    vlm: VLM, config: SecurityTensorsConfig, module: SecurityTensorModule
+) -> Callable[[], None] | None:
+    """Return what brings the visual tensor back within its bound, if it has one."""
+    pixels = module.pixels
+    if pixels is None or config.max_change_pixels_255 == 0:
+        return None
+    limits = find_pixel_limits(vlm, config.max_change_pixels_255).to(pixels.device)
+
+    def bound() -> None:
+        with torch.no_grad():
+            pixels.copy_(pixels.clamp(-limits, limits))
+
+    return bound
+
+
+def _run_stage(
+    engine: Engine,
+    samples: Sequence[Sample],
+    config: SecurityTensorsConfig,
+    stage: Stage,
+    module: SecurityTensorModule,
+    *,
+    validate: Callable[[], float] | None,
+    progress: Callable[[TrainingEvent], object] | None,
+    checkpoint: Path | None,
+    after_step: Callable[[], None] | None,
+) -> LoopResult:
+    if after_step is not None:
+        after_step()  # the start values keep the bound as well
+    return train(
+        _groups(module, config, stage),
+        lambda epoch: _batches(engine, samples, config, config.seed + epoch),
+        lambda batch: _step_loss(engine, samples, config, batch),
+        _loop_settings(config),
+        validate=validate,
+        progress=progress,
+        checkpoint=checkpoint,
+        after_step=after_step,
+        split=_split,
+    )
+
+
+def _split(batch: Sequence[int], process: int, processes: int) -> tuple[Sequence[int], float]:
+    part = batch[process::processes]
+    return part, len(part) / len(batch)
+
+
+def _groups(
+    module: SecurityTensorModule, config: SecurityTensorsConfig, stage: Stage
+) -> list[ParameterGroup]:
     rates = {"tokens": config.learning_rate, "pixels": config.visual_learning_rate}
     return [
         ParameterGroup({name: parameter}, rates[name], config.weight_decay)
         for name, parameter in module.named_parameters()
+        if name in stage.trained
     ]
 
 
@@ -296,6 +379,7 @@ def _score_of(
     validation: Validation | None,
     config: SecurityTensorsConfig,
     module: SecurityTensorModule,
+    cache: TensorCache,
 ) -> Callable[[], float] | None:
     """Turn a validation into a score of the parameters as they are when it is called."""
     if validation is None:
@@ -305,7 +389,7 @@ def _score_of(
         return lambda: validation(SecurityTensors(config, module.tensors(), metadata))
     held_out = list(validation)
     _check_samples(held_out)
-    engine = build_engine(vlm, held_out, config, module)
+    engine = build_engine(vlm, held_out, config, module, cache)
 
     def score() -> float:
         by_set: dict[str, list[float]] = {}
@@ -332,17 +416,20 @@ def _metadata(
     )
 
 
-def _details(samples: Sequence[Sample], result: LoopResult, engine: Engine) -> dict[str, Any]:
+def _details(
+    samples: Sequence[Sample], runs: Sequence[tuple[LoopResult, Engine]]
+) -> dict[str, Any]:
     digest = hashlib.sha256()
     for sample in samples:
         pictures = [path.name for path in sample.images]
         record = [sample.id, sample.set_name, sample.prompt, sample.answer, pictures]
         digest.update(json.dumps(record).encode())
+    paths = ["decoder" if isinstance(engine, DecoderEngine) else "model" for _, engine in runs]
     return {
         "samples": dict(Counter(sample.set_name for sample in samples)),
         "samples_sha256": digest.hexdigest(),
-        "steps": result.steps,
-        "losses": result.epochs,
-        "is_stopped_early": result.is_stopped_early,
-        "path": "decoder" if isinstance(engine, DecoderEngine) else "model",
+        "steps": sum(result.steps for result, _ in runs),
+        "losses": [epoch for result, _ in runs for epoch in result.epochs],
+        "is_stopped_early": any(result.is_stopped_early for result, _ in runs),
+        "path": ", ".join(dict.fromkeys(paths)),
     }

@@ -1,18 +1,18 @@
 """The trainable parts of a security tensor and how they start."""
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from safebridge.errors import SettingError, ShapeError
+from safebridge.errors import SettingError
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
+from safebridge.methods.security_tensors.pixels import find_picture_shape
 from safebridge.models.load import VLM
 
-__all__ = ["SecurityTensorModule", "add_pixels", "build_module", "draw_pixels", "draw_tokens"]
-
-PICTURE_DIMS = 3  # channels, height, width
+__all__ = ["SecurityTensorModule", "build_module", "draw_pixels", "draw_tokens"]
 
 
 @final
@@ -27,7 +27,7 @@ class SecurityTensorModule(nn.Module):
     def __init__(
         self,
         tokens: Float[Tensor, "n hidden"] | None,
-        pixels: Float[Tensor, "channels height width"] | None,
+        pixels: Float[Tensor, "*tiles channels height width"] | None,
     ) -> None:
         super().__init__()
         self.tokens = None if tokens is None else nn.Parameter(tokens.float().clone())
@@ -37,23 +37,35 @@ class SecurityTensorModule(nn.Module):
         """Return detached copies of what it holds, by name."""
         return {name: value.detach().clone() for name, value in self.named_parameters()}
 
+    def part(self, *names: str) -> "SecurityTensorModule":
+        """Return a module that shares the named parameters and has no others.
+
+        Args:
+            *names: "tokens" and/or "pixels".
+        """
+        part = SecurityTensorModule(None, None)
+        part.tokens = self.tokens if "tokens" in names else None
+        part.pixels = self.pixels if "pixels" in names else None
+        return part
+
 
 def build_module(
-    vlm: VLM, config: SecurityTensorsConfig, pixel_values: Tensor | None
+    vlm: VLM, config: SecurityTensorsConfig, inputs: Mapping[str, Tensor] | None
 ) -> SecurityTensorModule:
     """Draw the start values of a security tensor for one model.
 
     Args:
         vlm: The model; it is not changed.
         config: Which parts there are and how they start.
-        pixel_values: Preprocessed pictures of any sample, for the shape of the pixel tensor.
+        inputs: The model's inputs for any sample with a picture, for the shape of the pixel
+            tensor; None without one.
 
     Raises:
-        SettingError: If a visual tensor is asked for and the pictures have no fixed size.
+        SettingError: If a visual tensor is asked for and there is no picture.
     """
     generator = torch.Generator().manual_seed(config.seed)
     tokens = draw_tokens(vlm, config, generator) if config.has_text else None
-    pixels = draw_pixels(vlm, config, generator, pixel_values) if config.has_visual else None
+    pixels = draw_pixels(vlm, config, generator, inputs) if config.has_visual else None
     return SecurityTensorModule(tokens, pixels).to(vlm.device)
 
 
@@ -89,54 +101,20 @@ def draw_pixels(
     vlm: VLM,
     config: SecurityTensorsConfig,
     generator: torch.Generator,
-    pixel_values: Tensor | None,
+    inputs: Mapping[str, Tensor] | None,
 ) -> Float[Tensor, "channels height width"]:
     """Draw the start of the pixel tensor: normal, of the configured deviation.
 
     Args:
-        vlm: The model, for the error message.
-        config: The standard deviation.
+        vlm: The model.
+        config: The standard deviation, and the side where pictures have no fixed size.
         generator: Source of randomness, on the CPU.
-        pixel_values: Preprocessed pictures; the last three axes give the shape.
+        inputs: The model's inputs for a sample with a picture.
 
     Raises:
-        SettingError: If there are no pictures, or they are lists of patches.
+        SettingError: If there is no picture.
     """
-    if pixel_values is None or pixel_values.ndim <= PICTURE_DIMS:
-        found = "no picture" if pixel_values is None else f"{list(pixel_values.shape)} patches"
-        raise SettingError(
-            f"a visual tensor needs pictures of fixed size; {vlm.layout.family} got {found}. "
-            'Use modality="textual".'
-        )
-    shape = tuple(pixel_values.shape[-PICTURE_DIMS:])
+    if inputs is None:
+        raise SettingError('a visual tensor needs pictures. Use modality="textual".')
+    shape = find_picture_shape(vlm, inputs, side=config.visual_side)
     return torch.randn(shape, generator=generator) * config.visual_init_std
-
-
-def add_pixels(
-    pixel_values: Shaped[Tensor, "..."],
-    pixels: Float[Tensor, "channels height width"],
-    *,
-    strength: float = 1.0,
-) -> Shaped[Tensor, "..."]:
-    r"""Add the pixel tensor to every preprocessed picture and tile.
-
-    Computes $x' = x + \alpha\,\delta$ out of place, in the type of `pixel_values`.
-    Pictures of zeros only are padding and stay zero, because some models recognise
-    padding by that.
-
-    Args:
-        pixel_values: Preprocessed pictures, any axes before channels, height and width.
-        pixels: The visual tensor, in units of preprocessed pixels.
-        strength: The factor $\alpha$; 0 is the identity.
-
-    Raises:
-        ShapeError: If the pictures have another size than the tensor.
-    """
-    if pixel_values.ndim <= PICTURE_DIMS or pixel_values.shape[-PICTURE_DIMS:] != pixels.shape:
-        raise ShapeError(
-            f"the visual tensor is {list(pixels.shape)} but the pictures are "
-            f"{list(pixel_values.shape)}. Use the processor it was fitted with, or fit again."
-        )
-    is_picture = pixel_values.ne(0).flatten(-PICTURE_DIMS).any(dim=-1)[..., None, None, None]
-    delta = strength * pixels.to(pixel_values.device, pixel_values.dtype)
-    return pixel_values + delta * is_picture

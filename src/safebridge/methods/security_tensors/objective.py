@@ -7,7 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["answer_cross_entropy", "answer_forward_kl", "build_batches", "keep_first_labels"]
+__all__ = [
+    "answer_cross_entropy",
+    "answer_forward_kl",
+    "answer_top_k_kl",
+    "build_batches",
+    "keep_first_labels",
+    "keep_top_k",
+]
 
 _JITTER = 0.25  # relative noise on the lengths, so that batches differ between epochs
 
@@ -52,6 +59,48 @@ def answer_forward_kl(
         reduction="none",
         log_target=True,
     ).sum(-1)
+    return _mean_by_row(losses, rows, batch)
+
+
+def keep_top_k(
+    logits: Float[Tensor, "tokens vocab"], top_k: int
+) -> tuple[Float[Tensor, "tokens kept"], Int[Tensor, "tokens top"]]:
+    """Keep the likeliest tokens of distributions, and what is left to all others.
+
+    Args:
+        logits: Predictions.
+        top_k: How many tokens to keep; at most all but one.
+
+    Returns:
+        Log-probabilities of the kept tokens with that of all others as a last column, and
+        the kept tokens.
+    """
+    log_probs = logits.float().log_softmax(-1)
+    ids = log_probs.topk(min(top_k, log_probs.shape[-1] - 1), dim=-1).indices
+    return _coarse(log_probs, ids), ids
+
+
+def answer_top_k_kl(
+    logits: Float[Tensor, "tokens vocab"],
+    log_probs: Float[Tensor, "tokens kept"],
+    ids: Int[Tensor, "tokens top"],
+    rows: Int[Tensor, " tokens"],
+    batch: int,
+) -> Float[Tensor, " batch"]:
+    r"""Compute each sample's mean forward KL over what `keep_top_k` kept of the reference.
+
+    All other tokens count as one, so the value is never above the whole forward KL, and
+    zero exactly where the kept parts agree.
+
+    Args:
+        logits: Predictions with the security tensor.
+        log_probs: Log-probabilities of the undefended model, those of all others last.
+        ids: The tokens that they belong to.
+        rows: Which sample each token belongs to.
+        batch: Number of samples.
+    """
+    own = _coarse(logits.float().log_softmax(-1), ids)
+    losses = (log_probs.exp() * (log_probs - own)).sum(-1)
     return _mean_by_row(losses, rows, batch)
 
 
@@ -107,6 +156,15 @@ def build_batches(
         batches += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
     return [batches[index] for index in shuffled]
+
+
+def _coarse(
+    log_probs: Float[Tensor, "tokens vocab"], ids: Int[Tensor, "tokens top"]
+) -> Float[Tensor, "tokens kept"]:
+    """Return the log-probabilities of some tokens, and that of all others together."""
+    others = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    lowest = torch.finfo(log_probs.dtype).min
+    return torch.cat([log_probs.gather(-1, ids), others.clamp(min=lowest)], dim=-1)
 
 
 def _mean_by_row(

@@ -13,7 +13,14 @@ from safebridge.methods.security_tensors.objective import keep_first_labels
 from safebridge.models.load import VLM
 from safebridge.models.tokens import IGNORED_LABEL, Encoded, encode
 
-__all__ = ["Example", "Prepared", "encode_samples", "prepare_samples"]
+__all__ = [
+    "Example",
+    "Prepared",
+    "encode_samples",
+    "find_picture_key",
+    "prepare_samples",
+    "run_to_decoder",
+]
 
 _PREPARED_AT_ONCE = 16
 
@@ -48,7 +55,10 @@ class Prepared:
     """In the order of the samples."""
 
     features: dict[Hashable, Tensor]
-    """Rows of the decoder's input at the image tokens, by key."""
+    """Rows of the undefended decoder's input at the image tokens, by key."""
+
+    leaders: dict[Hashable, int]
+    """A sample that shows these pictures, by key."""
 
 
 def prepare_samples(
@@ -68,7 +78,7 @@ def prepare_samples(
     """
     examples: dict[int, Example] = {}
     features: dict[Hashable, Tensor] = {}
-    first = {_picture_key(vlm, sample): i for i, sample in reversed(list(enumerate(samples)))}
+    first = {find_picture_key(vlm, sample): i for i, sample in reversed(list(enumerate(samples)))}
     leaders = sorted(first.values())
     others = sorted(set(range(len(samples))) - set(leaders))
     is_run_needed = True
@@ -82,13 +92,13 @@ def prepare_samples(
         if arguments is None:
             return None
         for row, index in enumerate(chunk):
-            picture = _picture_key(vlm, samples[index])
+            picture = find_picture_key(vlm, samples[index])
             positions = arguments.get("position_ids")
             examples[index] = _example(encoded, row, picture, positions, max_answer_tokens)
             if picture not in features:
                 merged = arguments["inputs_embeds"][row]
                 features[picture] = merged[encoded.spans.image[row]].clone()
-    return Prepared([examples[index] for index in range(len(samples))], features)
+    return Prepared([examples[index] for index in range(len(samples))], features, first)
 
 
 def encode_samples(
@@ -113,6 +123,35 @@ def encode_samples(
     )
 
 
+def find_picture_key(vlm: VLM, sample: Sample) -> Hashable:
+    """Name a sample's image features; a Q-Former makes them depend on the prompt, too.
+
+    Args:
+        vlm: The model.
+        sample: Any sample.
+    """
+    prompt = sample.prompt if vlm.layout.family == "instructblip" else ""
+    return (sample.images, prompt)
+
+
+def run_to_decoder(vlm: VLM, inputs: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Run a model until it calls its decoder.
+
+    Args:
+        vlm: The model; it is stopped there.
+        inputs: Its keyword arguments.
+
+    Returns:
+        What the decoder is called with, or None if it is not called by name.
+    """
+    try:
+        with _stop_at(vlm.layout.get(vlm.model, "language_model")):
+            vlm.model(**inputs, use_cache=False)
+    except _ReachedDecoder as reached:
+        return reached.arguments
+    return None
+
+
 class _ReachedDecoder(Exception):  # noqa: N818 - it carries a result, it is no error
     """Stops a forward pass at the decoder and carries the decoder's arguments out."""
 
@@ -135,12 +174,9 @@ def _stop_at(decoder: nn.Module) -> Iterator[None]:
 
 def _decoder_arguments(vlm: VLM, encoded: Encoded) -> Mapping[str, Any] | None:
     """Return what the decoder is called with, or None if it is more than plain embeddings."""
-    try:
-        with torch.no_grad(), _stop_at(vlm.layout.get(vlm.model, "language_model")):
-            vlm.model(**encoded.inputs, use_cache=False)
-    except _ReachedDecoder as reached:
-        arguments = reached.arguments
-    else:
+    with torch.no_grad():
+        arguments = run_to_decoder(vlm, encoded.inputs)
+    if arguments is None:
         return None
     plain = {"inputs_embeds", "attention_mask", "position_ids"}
     extra = [v for name, v in arguments.items() if name not in plain and _holds_tensor(v)]
@@ -181,12 +217,6 @@ def _example(
         picture=picture,
         position_ids=None if positions is None else positions[..., row, is_real].cpu(),
     )
-
-
-def _picture_key(vlm: VLM, sample: Sample) -> Hashable:
-    """Name a sample's image features; a Q-Former makes them depend on the prompt, too."""
-    prompt = sample.prompt if vlm.layout.family == "instructblip" else ""
-    return (sample.images, prompt)
 
 
 def _chunks(samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[list[int]]:

@@ -1,0 +1,1 @@
+"""The diagnosis: whether, where and why a model's text safety fails on pictures, in one report."""

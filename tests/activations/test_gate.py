@@ -1,0 +1,74 @@
+"""Gates: thresholds that keep their promise, and scores by hand."""
+
+import pytest
+import torch
+
+from safebridge.activations.gate import Gate, choose_threshold, fit_gate
+from safebridge.errors import DataError, SettingError, ShapeError
+
+
+def clouds(seed: int, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    draw = torch.randn(2, n, 4, generator=generator) + 10  # far from the origin, as real states
+    return draw[0] + shift, draw[1]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "probe"])
+def test_a_gate_opens_for_harmful_prompts_and_keeps_its_rate(kind: str) -> None:
+    harmful, harmless = clouds(0)
+    new_harmful, new_harmless = clouds(1, n=4000)
+    gate = fit_gate(
+        harmful,
+        harmless[:100],
+        kind=kind,
+        layer=3,
+        false_alarm_rate=0.1,
+        held_out=harmless[100:],
+    )
+    assert gate.layer == 3
+    assert float(gate.is_open(new_harmless).float().mean()) < 0.16
+    assert float(gate.is_open(new_harmful).float().mean()) > 0.5
+
+
+def test_the_threshold_lets_through_what_the_rate_allows() -> None:
+    scores = torch.arange(99.0)
+    # (1 + alarms) / (99 + 1) <= 0.05 allows four of these 99 scores at or above it.
+    assert int((scores >= choose_threshold(scores, 0.05)).sum()) == 4
+    assert not (scores >= choose_threshold(scores, 0.001)).any()
+
+
+def test_the_promise_holds_for_new_prompts_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rates = []
+    for _ in range(2000):
+        scores = torch.randn(40, generator=generator)
+        rates.append(float((torch.randn(20, generator=generator)
+                            >= choose_threshold(scores, 0.1)).float().mean()))  # fmt: skip
+    assert sum(rates) / len(rates) <= 0.105
+
+
+def test_scores_are_those_of_the_formulas() -> None:
+    weight, center = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    state = torch.tensor([[3.0, 5.0]])
+    cosine = Gate("cosine", 0, weight, center, 0.0, 0.5)
+    assert cosine.score(state).item() == pytest.approx(3 / 5)
+    assert cosine.is_open(state).item()
+    probe = Gate("probe", 0, weight, torch.zeros(2), -2.0, 1.5)
+    assert probe.score(state).item() == pytest.approx(1.0)
+    assert not probe.is_open(state).item()
+
+
+def test_errors_say_what_to_do() -> None:
+    harmful, harmless = clouds(0)
+    options = {"kind": "probe", "layer": 0, "false_alarm_rate": 0.1}
+    with pytest.raises(SettingError, match="Choose cosine or probe"):
+        fit_gate(harmful, harmless, **(options | {"kind": "tree"}))
+    with pytest.raises(DataError, match="Pass benign"):
+        fit_gate(harmful, harmless[:0], **options)
+    with pytest.raises(SettingError, match="between 0 and 1"):
+        choose_threshold(torch.ones(3), 0.0)
+    with pytest.raises(DataError, match="Pass more"):
+        choose_threshold(torch.ones(0), 0.1)
+    with pytest.raises(ShapeError, match="or fit again"):
+        fit_gate(harmful, harmless, **options).score(torch.ones(1, 3))
