@@ -139,8 +139,10 @@ def test_a_visual_tensor_through_the_decoder_alone_has_the_gradients_of_the_whol
         engine, module = decoder_engine(vlm, triad, config)
         found = losses_and_gradients(engine, module, indices)
         expected = losses_and_gradients(ModelEngine(vlm, triad, config, module), module, indices)
+    # Where two tokens nearly tie, rounding decides which of them is among the likeliest.
+    atol = 1e-3 if kl_top_k else 2e-4
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-3)
+        torch.testing.assert_close(one, other, atol=atol, rtol=2e-3)
 
 
 def test_under_a_visual_tensor_each_distinct_picture_of_a_batch_passes_the_tower_once(
