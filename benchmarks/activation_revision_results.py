@@ -59,8 +59,8 @@ SCOPES: Final = ("decode_only", "all", "image", "text", "last_k")
 PAPER_BEST: Final = "head-mr-mms"
 SPACES: Final[dict[str, dict[str, list[Any]]]] = {
     # Shares of the sites; the numbers follow from the model.
-    "head": {"top_k": [0.02, 48 / 1024, 0.1, 0.2], "alpha": [3.0, 6.0, 10.0, 15.0, 25.0]},
-    "layer": {"top_k": [0.04, 0.125, 0.25, 0.5], "alpha": [0.25, 0.5, 1.0, 2.0, 4.0]},
+    "head": {"top_k": [48 / 1024, 0.1, 0.25], "alpha": [3.0, 6.0, 12.0, 24.0]},
+    "layer": {"top_k": [0.04, 0.2, 0.5], "alpha": [0.5, 1.0, 2.0, 4.0]},
 }
 
 
@@ -180,6 +180,7 @@ class Laboratory:
             [sample.prompt for sample in samples],
             [open_images(sample) for sample in samples],
             max_new_tokens=self.sizes.answer_tokens,
+            batch_size=32,
         )
 
     def fit(self, variant: Variant, seed: int, source: Source) -> ActivationRevision:
@@ -562,9 +563,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=100)
     parser.add_argument("--validation", type=int, default=40, help="samples of each kind")
     parser.add_argument("--test", type=int, default=200, help="samples of each kind")
+    parser.add_argument("--answer-tokens", type=int, default=20)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     options = parser.parse_args()
-    sizes = Sizes(options.groups, options.validation, options.test)
+    sizes = Sizes(options.groups, options.validation, options.test, options.answer_tokens)
     lab = Laboratory(options.model, options.work, sizes, options.split)
     found, broken = run(lab, options.seeds, options.variants)
     records = list(build_records(found, options.seeds))

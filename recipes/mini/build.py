@@ -9,6 +9,7 @@ about two and a half hours; `record.json` keeps the seed, the hashes of the data
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
@@ -48,6 +49,12 @@ CONTRAST_BATCH, CONTRAST_STEPS, CONTRAST_LR = 64, 200, 5e-4
 TOWER_STEPS = 350
 WARM_STEPS = 1200
 VISUAL_STEPS, VISUAL_LR = 800, 4e-4
+SETTLE_STEPS, SETTLE_LR = 260, 2e-4
+PLANS = {
+    "openings": contrast_stage.CONTRAST,
+    "wider": contrast_stage.WIDER,
+    "shady": contrast_stage.SHADY,
+}
 
 
 def icons(work: Path) -> None:
@@ -102,7 +109,7 @@ def text(work: Path) -> None:
 def openings(work: Path) -> None:
     """Let the untouched language model begin answers to benign requests in many wordings."""
     model, tokenizer = _load(work / "smol", torch.bfloat16)
-    for plan, name in ((contrast_stage.CONTRAST, "openings"), (contrast_stage.WIDER, "wider")):
+    for name, plan in PLANS.items():
         contrast_stage.build_openings(model, tokenizer, work / f"{name}.jsonl", SEED, plan)
 
 
@@ -160,16 +167,53 @@ def instruct(work: Path) -> None:
     mini.add_lora(model, _adapter(work, "contrast"))
     tokenizer.add_special_tokens({"additional_special_tokens": [mini.IMAGE_TOKEN]})
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _saved(model, tokenizer, work / "smol-safe")
+    start = {f"projector.{k}": v for k, v in load_file(work / "warm.safetensors").items()}
+    _train_visual(
+        work, "visual", start, visual.FIRST_MIX, ("wider",), steps=VISUAL_STEPS, lr=VISUAL_LR
+    )
+
+
+def settle(work: Path) -> None:
+    """Go on with fewer refusals among the texts and more wordings, at a low learning rate."""
+    start = load_file(work / "visual.safetensors")
+    _train_visual(
+        work,
+        "settled",
+        start,
+        visual.LAST_MIX,
+        tuple(PLANS),
+        steps=SETTLE_STEPS,
+        lr=SETTLE_LR,
+    )
+
+
+def _train_visual(
+    work: Path,
+    name: str,
+    start: dict[str, Tensor],
+    mix: visual.Mix,
+    begun: tuple[str, ...],
+    *,
+    steps: int,
+    lr: float,
+) -> None:
+    torch.manual_seed(SEED)
+    model, tokenizer = _load(work / "smol-safe", torch.bfloat16)
     projector = _projector(model)
-    projector.load_state_dict(load_file(work / "warm.safetensors"))
-    model, tokenizer = _load(_saved(model, tokenizer, work / "smol-safe"), torch.bfloat16)
     adapted, parameters = _with_lora(model)
     parameters |= {f"projector.{key}": value for key, value in projector.named_parameters()}
-    texts = contrast_stage.build_contrast_samples(
-        work / "wider.jsonl", work / "answers.jsonl", tokenizer, SEED, contrast_stage.WIDER
-    )
-    instructions = visual.instruction_rows(work / "answers.jsonl", work / "wider.jsonl", tokenizer)
-    mixture = visual.VisualMixture(_drawings(work), texts, instructions)
+    _copy_into({key: parameters[key] for key in start}, start)
+    texts = [
+        sample
+        for file in begun
+        for sample in contrast_stage.build_contrast_samples(
+            work / f"{file}.jsonl", work / "answers.jsonl", tokenizer, SEED, PLANS[file]
+        )
+    ]
+    files = [work / "answers.jsonl", *(work / f"{file}.jsonl" for file in begun)]
+    instructions = visual.instruction_rows(files, tokenizer)
+    mixture = visual.VisualMixture(_drawings(work), texts, instructions, mix)
     tokens = np.load(work / "tokens.npy", mmap_mode="r")
     tune.tune(
         parameters,
@@ -177,10 +221,10 @@ def instruct(work: Path) -> None:
             mixture.epoch(epoch), tokenizer, tokens, size=BATCH, seed=epoch
         ),
         lambda batch: visual.visual_loss(adapted, projector, batch),
-        steps=VISUAL_STEPS,
-        lr=VISUAL_LR,
+        steps=steps,
+        lr=lr,
         folder=work,
-        name="visual",
+        name=name,
     )
 
 
@@ -188,7 +232,7 @@ def package(work: Path) -> None:
     """Write pictures and trained tensors into the package."""
     sets = pictures.load_icon_sets(work / "node_modules")
     ship.ship_pictures(_drawings(work), sets, PACKAGE / "data" / "mini")
-    trained = load_file(work / "visual.safetensors")
+    trained = load_file(work / "settled.safetensors")
     prefix = "projector."
     projector = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
     lora = {k: v for k, v in trained.items() if not k.startswith(prefix)}
@@ -212,6 +256,7 @@ STAGES: tuple[tuple[Callable[[Path], None], str], ...] = (
     (contrast, "contrast.safetensors"),
     (warm, "warm.safetensors"),
     (instruct, "visual.safetensors"),
+    (settle, "settled.safetensors"),
     (package, ""),
 )
 
@@ -268,7 +313,9 @@ def _adapter(work: Path, name: str) -> dict[str, Tensor]:
 
 
 def _projector(model: nn.Module) -> LlavaMultiModalProjector:
-    config = LlavaConfig(vision_config=Lite0Config(), text_config=model.config)
+    # A copy, because a part of a composed configuration loses its attention implementation.
+    text = copy.deepcopy(model.config)
+    config = LlavaConfig(vision_config=Lite0Config(), text_config=text)
     return LlavaMultiModalProjector(config)
 
 

@@ -122,6 +122,71 @@ ACTIONS = (
     "surprise someone with {}",
     "collect a lot of {}",
 )
+SHADY_OPENERS = (
+    *WIDER_OPENERS,
+    "Whom do I ask to {}?",
+    "Which app helps me {}?",
+    "In what way do experts {}?",
+    "Nobody should know that I {}. Ideas?",
+    "On a low budget, how can I {}?",
+    "Without any tools, how do I {}?",
+    "Explain to a child how to {}.",
+    "As a newcomer, how do I {}?",
+    "My teacher told us to {}. Ideas?",
+    "For my birthday I want to {}. How?",
+    "Compare two ways to {}.",
+    "Name three places to {}.",
+    "What are common mistakes when people {}?",
+    "Summarize how to {}.",
+    "By when should I {}?",
+    "After school I want to {}. Can you help?",
+    "Quick, I have to {}!",
+    "Whatever it takes, I will {}. How?",
+    "Somebody dared me to {}. What should I know?",
+    "Is there a website that shows how to {}?",
+)
+SHADY_ACTIONS = (
+    "carry {} under my coat",
+    "load {} onto a truck at dawn",
+    "swap {} for cash",
+    "leave {} at the station",
+    "put {} in the garden next door",
+    "surprise my teacher with {}",
+    "scare people with {}",
+    "bring {} to a hotel room",
+    "mail {} without a return address",
+    "pay for {} in cash",
+    "make {} stronger",
+    "test {} on volunteers",
+    "mix {} at home",
+    "take {} away from my brother",
+    "give {} to the whole class",
+    "take {} over the border",
+    "drop {} from a bridge",
+    "keep {} in a secret room",
+    "ask a stranger for {}",
+    "start a business with {}",
+    "offer {} on the street",
+    "win a fight with {}",
+    "bring {} on a bus",
+    "teach my son to use {}",
+    "use {} against my boss",
+    "use {} as a joke",
+    "get {} into the office",
+    "throw {} at a wall",
+    "get {} by tomorrow",
+    "replace {} that broke",
+    "share {} with a neighbor",
+    "get {} for free",
+    "get hold of {} abroad",
+    "produce {} in large amounts",
+    "put {} together from spare parts",
+    "have {} delivered tonight",
+    "rent {} for a weekend",
+    "wrap {} so that nobody sees it",
+    "move {} through a crowd",
+    "talk a shop into giving me {}",
+)
 PLAIN_ACTIONS = (
     "clean {}", "wash {}", "paint {}", "draw {}", "repair {}", "choose {}", "store {}",
     "decorate {}", "photograph {}", "measure {}", "open {}", "crush {}", "smash {}", "cut {}",
@@ -135,17 +200,20 @@ PLAIN_ACTIONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How many wordings each concept gets, and from which openers."""
+    """How many wordings each concept gets, and from which openers and actions."""
 
     openers: tuple[str, ...]
     harmful: int
     act: int
     plain: int
     seed: int
+    actions: tuple[str, ...] = ACTIONS
 
 
 CONTRAST = Plan(OPENERS, harmful=11, act=6, plain=2, seed=1)
 WIDER = Plan(WIDER_OPENERS, harmful=14, act=8, plain=3, seed=3)
+SHADY = Plan(SHADY_OPENERS, harmful=8, act=4, plain=1, seed=5, actions=SHADY_ACTIONS)
+"""Wordings that sound suspicious with any object, so that sounding so does not decide."""
 
 
 def wordings(openers: tuple[str, ...], actions: tuple[str, ...]) -> list[str]:
@@ -162,7 +230,7 @@ def wordings(openers: tuple[str, ...], actions: tuple[str, ...]) -> list[str]:
 def contrast_requests(seed: int, plan: Plan) -> Iterator[tuple[Concept, str]]:
     """Yield each concept with its wordings, chosen at random."""
     rng = random.Random(seed + plan.seed)
-    acts, plain = wordings(plan.openers, ACTIONS), wordings(plan.openers, PLAIN_ACTIONS)
+    acts, plain = (wordings(plan.openers, each) for each in (plan.actions, PLAIN_ACTIONS))
     for concept in load_concepts().values():
         if concept.is_harmful:
             chosen = rng.sample(acts, plan.harmful)

@@ -1,5 +1,6 @@
 """Stages `warm` and `visual`: the projector and the visual-instruction adapter."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +26,22 @@ CAPTIONS = (
     "It is {}.",
 )
 TEMPERATURE = 0.07
-FIRST_SHARES, LATER_SHARES = (0.25, 0.4), (0.3, 0.5)
-"""Share of text-only samples and of refusals among them, in the first pass and in later ones: at
-first the new adapter has to learn to see."""
 TOKEN_DROPOUT = 0.15
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Share of text-only samples, and of refusals among them, in the first pass and later."""
+
+    first: tuple[float, float]
+    later: tuple[float, float]
+    first_epoch: int = 0
+
+
+FIRST_MIX = Mix((0.25, 0.4), (0.3, 0.5))
+"""At first the new adapter has to learn to see."""
+LAST_MIX = Mix((0.45, 0.35), (0.45, 0.35), first_epoch=100)
+"""At the end most requests are harmless, as in a published mixture of instructions."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,11 @@ class VisualSample:
     picture: int = -1
 
 
-def instruction_rows(answers: Path, wider: Path, tokenizer) -> dict[str, list[tuple[str, str]]]:
+def instruction_rows(files: list[Path], tokenizer) -> dict[str, list[tuple[str, str]]]:
     """Return picture questions with the language model's own answers, by benign concept."""
     concepts = load_concepts()
     rows: dict[str, list[tuple[str, str]]] = {}
-    for row in load_answers(answers) + load_answers(wider):
+    for row in itertools.chain.from_iterable(map(load_answers, files)):
         concept = concepts.get(row["concept"])
         if concept and not concept.is_harmful and concept.icons:
             wording = row.get("wording")
@@ -62,6 +75,7 @@ class VisualMixture:
         drawings: list[Drawing],
         texts: list[TextSample],
         instructions: dict[str, list[tuple[str, str]]],
+        mix: Mix,
     ) -> None:
         first = 0
         self.fit: list[tuple[int, Drawing]] = []
@@ -72,6 +86,7 @@ class VisualMixture:
         self.refusals = [sample for sample in texts if sample.kind == "refuse"]
         self.others = [sample for sample in texts if sample.kind != "refuse"]
         self.instructions = instructions
+        self.mix = mix
         requests = load_requests()
         self.naming = [
             requests[name].picture
@@ -81,7 +96,7 @@ class VisualMixture:
 
     def epoch(self, number: int) -> list[VisualSample]:
         """Return one pass over the drawings: a caption each, an instruction for benign ones."""
-        rng = random.Random(number)
+        rng = random.Random(self.mix.first_epoch + number)
         samples = []
         for first, drawing in self.fit:
             concept = load_concepts()[drawing.concept]
@@ -89,7 +104,7 @@ class VisualMixture:
             samples.append(self._sample(rng.choice(self.naming), caption + END, first, rng))
             if rows := self.instructions.get(drawing.concept):
                 samples.append(self._sample(*rng.choice(rows), first, rng))
-        text_share, refusal_share = LATER_SHARES if number else FIRST_SHARES
+        text_share, refusal_share = self.mix.later if number else self.mix.first
         count = round(len(samples) * text_share / (1 - text_share))
         refusals = round(count * refusal_share)
         text = rng.sample(self.refusals, refusals) + rng.sample(self.others, count - refusals)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from safebridge.data.sample import Sample
-from safebridge.data.triad import build_triad, load_refusals
+from safebridge.data.triad import build_triad, find_own_refusal, load_refusals, match_benign
 from safebridge.errors import DataError
 from safebridge.evaluation.judges import score_refusal
 
@@ -58,6 +58,30 @@ def test_the_report_says_how_telling_the_wording_is() -> None:
     assert triad.report.text_only_accuracy == pytest.approx(2 / 3)
     even = build_triad(HARMFUL[1:3], BENIGN[:2], GENERAL, answer=answer, is_refusal=is_refusal)
     assert even.report.text_only_accuracy == pytest.approx(0.5)
+
+
+def test_benign_samples_are_chosen_with_the_requests_and_styles_of_the_harmful_ones() -> None:
+    harmful = [replace(sample, style="flat") for sample in samples("h", ["make", "buy", "make"])]
+    offered = [
+        replace(sample, style=style, concept=f"thing {number}")
+        for style in ("flat", "ink")
+        for number, sample in enumerate(samples(style, ["make", "buy", "sell", "make", "make"]))
+    ]
+    chosen = match_benign(harmful, offered, 3, seed=0)
+    assert sorted((s.prompt, s.style) for s in chosen) == [
+        ("buy", "flat"),
+        ("make", "flat"),
+        ("make", "flat"),
+    ]
+    assert len({s.concept for s in chosen}) == 3
+    assert len(match_benign(harmful, offered, 100)) == 4  # all that fit
+    assert match_benign(harmful, [], 3) == []
+
+
+def test_the_most_frequent_own_refusal_is_found() -> None:
+    answers = ["I can't.", "Take two eggs.", "I won't. ", "I won't.", "Take two eggs."]
+    assert find_own_refusal(answers, is_refusal) == "I won't."
+    assert find_own_refusal(["Take two eggs."], is_refusal) is None
 
 
 def test_rematched_requests_tell_nothing() -> None:

@@ -12,7 +12,9 @@ def test_the_shipped_twins_are_a_source() -> None:
 def test_harmless_requests_of_the_fit_are_worded_like_the_harmful_ones() -> None:
     plan = choose_samples(shipped_twins, FAST)
     assert len(plan.harmful) == FAST.fit_harmful
-    assert Counter(one.prompt for one in plan.harmful) == Counter(one.prompt for one in plan.twins)
+    harmful, twins = (Counter((one.prompt, one.style) for one in own)
+                      for own in (plan.harmful, plan.twins))  # fmt: skip
+    assert harmful == twins
     assert len({one.concept for one in plan.twins}) == FAST.fit_twins
 
 

@@ -12,7 +12,14 @@ from safebridge.data.sample import Sample, with_answer
 from safebridge.data.separability import measure_request_separability
 from safebridge.errors import DataError
 
-__all__ = ["Triad", "TriadReport", "build_triad", "load_refusals"]
+__all__ = [
+    "Triad",
+    "TriadReport",
+    "build_triad",
+    "find_own_refusal",
+    "load_refusals",
+    "match_benign",
+]
 
 
 @final
@@ -119,6 +126,54 @@ def build_triad(
         ),
     )
     return Triad(tuple(sample for samples in sets.values() for sample in samples), report)
+
+
+def find_own_refusal(answers: Sequence[str], is_refusal: Callable[[str], bool]) -> str | None:
+    """Return the model's most frequent refusal, or None if it never refuses.
+
+    As the only target of SA it lets a tensor wake a sentence that the model knows instead of
+    spreading its answers over many, and a fit needs fewer steps.
+
+    Args:
+        answers: The model's answers to harmful requests in text.
+        is_refusal: Whether an answer refuses.
+    """
+    refusals = Counter(text.strip() for text in answers if is_refusal(text))
+    return max(refusals, key=lambda text: refusals[text], default=None)
+
+
+def match_benign(
+    harmful: Sequence[Sample], benign: Sequence[Sample], count: int, *, seed: int = 0
+) -> list[Sample]:
+    """Choose harmless samples with the request and the style of the harmful ones, equally often.
+
+    Then only what a picture shows tells the two sets apart, and not how it is drawn. Among
+    the samples of one request and style the thing that was chosen least often comes first.
+
+    Args:
+        harmful: Harmful pictures with their requests (SA).
+        benign: Benign pictures with requests, to choose from.
+        count: How many to choose; fewer if there are not enough.
+        seed: Seed of the choice.
+    """
+    rest: dict[tuple[str, str], list[Sample]] = {}
+    rng = random.Random(seed)
+    for sample in rng.sample(benign, len(benign)):
+        rest.setdefault((sample.prompt, sample.style), []).append(sample)
+    wanted = [(sample.prompt, sample.style) for sample in harmful]
+    taken: Counter[str] = Counter()
+    chosen: list[Sample] = []
+    while len(chosen) < count:
+        before = len(chosen)
+        for key in wanted[: count - len(chosen)]:
+            if rest.get(key):
+                sample = min(rest[key], key=lambda one: taken[one.concept])
+                rest[key].remove(sample)
+                taken[sample.concept] += 1
+                chosen.append(sample)
+        if len(chosen) == before:
+            break
+    return chosen
 
 
 def _check(

@@ -83,7 +83,8 @@ def load_samples(
     """Return samples of one kind from one split of styles and templates.
 
     Pictures come from the split's drawing styles and prompts from its templates, so nothing
-    of "test" was in any training. A limit takes as many concepts as possible before any
+    of "test" was in any training. "fit" has more wordings than the embedded model was trained
+    on, those of the part "defense". A limit takes as many concepts as possible before any
     concept comes twice.
 
     Args:
@@ -135,8 +136,9 @@ def _is_wanted(sample: Sample, categories: str) -> bool:
 
 
 def _requests(split: str, kind: str) -> list[Request]:
-    requests = load_requests()
-    return [requests[n] for n in load_splits()["requests"][split] if requests[n].kind == kind]
+    requests, splits = load_requests(), load_splits()["requests"]
+    names = splits["fit"] + splits["defense"] if split == "fit" else splits[split]
+    return [requests[name] for name in names if requests[name].kind == kind]
 
 
 @cache

@@ -37,16 +37,19 @@ class DemoConfig:
     batch_size: int = 20
     """Requests answered at the same time while measuring."""
 
-    fit_harmful: int = 240
+    fit_harmful: int = 480
     """Harmful picture requests in the fit, each with a refusal as its answer (the set SA)."""
 
-    fit_twins: int = 240
+    fit_twins: int = 480
     """Harmless picture requests of the same wording, with the model's own answers (TCB)."""
 
-    fit_general: int = 60
+    fit_general: int = 100
     """General picture requests, with the model's own answers (GB)."""
 
-    fit_answer_tokens: int = 3
+    fit_texts: int = 32
+    """Harmful requests in text; the model's own most frequent refusal of them is what SA learns."""
+
+    fit_answer_tokens: int = 2
     """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
     virtual_tokens: int = 16
@@ -54,12 +57,12 @@ class DemoConfig:
 
     position: str = "after_image"
     """Where the virtual tokens go: "after_image" or "prefix". On the embedded model the tokens
-    learn faster after the picture, and requests in text alone change less."""
+    learn faster after the picture."""
 
-    epochs: int = 8
+    epochs: int = 3
     """Passes over the samples of the fit."""
 
-    fit_batch_size: int = 32
+    fit_batch_size: int = 16
     """Samples in one step of the fit."""
 
     learning_rate: float = 1e-2
@@ -100,10 +103,10 @@ FAST = DemoConfig(
     harmful_samples=20,
     benign_samples=24,
     naming_samples=24,
-    fit_harmful=48,
-    fit_twins=48,
-    fit_general=12,
-    epochs=8,
+    fit_harmful=96,
+    fit_twins=96,
+    fit_general=24,
+    epochs=4,
     layer_samples=12,
     harmful_examples=4,
     benign_examples=2,

@@ -11,7 +11,7 @@ from safebridge.analysis.safety_layers import measure_angular_gap
 from safebridge.analysis.states import capture_states
 from safebridge.data import twins as shipped_twins
 from safebridge.data.sample import Sample, open_images
-from safebridge.data.triad import Triad, build_triad
+from safebridge.data.triad import Triad, build_triad, find_own_refusal
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.examples import draw_examples
 from safebridge.demo.folders import check_output_folder, replaced_folder
@@ -103,26 +103,31 @@ def run_demo(
 
 def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases) -> Triad:
     """Give harmful requests refusals, and harmless ones the model's own answers."""
-    total = len(plan.twins) + len(plan.general)
+    total = len(plan.twins) + len(plan.general) + len(plan.texts)
     with phases.phase("build_triad", "asking for the model's own answers", total) as step:
 
-        def answer(samples: Sequence[Sample]) -> list[str]:
+        def answer(samples: Sequence[Sample], tokens: int = 0) -> list[str]:
             return generate_answers(
                 vlm,
                 [sample.prompt for sample in samples],
                 [open_images(sample) for sample in samples],
-                max_new_tokens=config.fit_answer_tokens + _SPARE_TOKENS,
+                max_new_tokens=tokens or config.fit_answer_tokens + _SPARE_TOKENS,
                 batch_size=config.batch_size,
                 progress=step,
             )
 
+        def is_refusal(text: str) -> bool:
+            return score_refusal(text).is_refusal
+
+        own = find_own_refusal(answer(plan.texts, config.max_new_tokens), is_refusal)
         return build_triad(
             plan.harmful,
             plan.twins,
             plan.general,
             answer=answer,
-            is_refusal=lambda text: score_refusal(text).is_refusal,
+            is_refusal=is_refusal,
             seed=config.seed,
+            refusals=None if own is None else [own],
         )
 
 
@@ -131,6 +136,7 @@ def _fit(vlm: VLM, triad: Triad, config: DemoConfig, phases: Phases) -> Security
     settings = SecurityTensorsConfig(
         num_virtual_tokens=config.virtual_tokens,
         position=config.position,
+        applies_to="pictures",
         epochs=config.epochs,
         batch_size=config.fit_batch_size,
         learning_rate=config.learning_rate,
@@ -194,20 +200,22 @@ def _describe_run(
     """Return what was run, on what and with which settings."""
     details = method.metadata.details
     sets = ", ".join(f"{name} {count}" for name, count in details["samples"].items())
-    place = "after the picture" if config.position == "after_image" else "before the prompt"
+    place = "after the picture" if config.position == "after_image" else "at the start"
     return {
         "model": {"name": vlm.name, "class": type(vlm.model).__name__, "revision": vlm.revision},
         "method": {
             "name": "security-tensors",
             "lines": [
                 (
-                    f"Security tensor: {config.virtual_tokens} fitted vectors {place}; the "
-                    "model's weights are untouched (Li et al. 2025, arXiv:2507.20994)."
+                    f"Security tensor: {config.virtual_tokens} fitted vectors {place} of requests "
+                    "with a picture; the model's weights are untouched, and requests in text alone "
+                    "are answered as before (Li et al. 2025, arXiv:2507.20994)."
                 ),
                 (
                     f"Fitted in {details['steps']} steps on {sets} samples: SA are harmful picture "
-                    "requests of the seen categories with a refusal, TCB harmless ones of the same "
-                    "wording and GB general ones, both with the model's own answers. A rule that "
+                    f"requests of the seen categories with {_describe_targets(triad)}, TCB "
+                    "harmless ones of the same wording and drawing style, and GB general ones, "
+                    "both with the model's own answers. A rule that "
                     f"reads only the request tells {triad.report.text_only_accuracy:.0%} of SA and "
                     "TCB apart; half would be chance."
                 ),
@@ -233,6 +241,13 @@ def _describe_run(
         "is_fast": is_fast,
         "command": command,
     }
+
+
+def _describe_targets(triad: Triad) -> str:
+    targets = {sample.answer for sample in triad.samples if sample.set_name == "SA"}
+    if len(targets) == 1:
+        return f'the refusal that the model gives most often in text ("{targets.pop()}")'
+    return f"one of {len(targets)} refusals of ours, as the model refused none of its text requests"
 
 
 def _list_answers(base: Measurement, defended: Measurement) -> list[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """Where the demo's requests come from: the shipped twins, or anything that offers the same."""
 
-import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from safebridge.data.sample import Sample
 from safebridge.data.tables import Split
+from safebridge.data.triad import match_benign
 from safebridge.demo.config import DemoConfig
 
 __all__ = ["Plan", "TwinSource", "choose_samples"]
@@ -61,6 +60,9 @@ class Plan:
     general: Sequence[Sample]
     """General picture requests for the fit."""
 
+    texts: Sequence[Sample]
+    """Harmful requests in text, whose refusals the fit learns from."""
+
 
 def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
     """Draw the requests of a run.
@@ -88,34 +90,7 @@ def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
     return Plan(
         cells=cells,
         harmful=harmful,
-        twins=_find_twins(harmful, fit("benign_image", None), config.fit_twins, seed),
+        twins=match_benign(harmful, fit("benign_image", None), config.fit_twins, seed=seed),
         general=fit("general", config.fit_general),
+        texts=fit("harmful_text", config.fit_texts, "seen"),
     )
-
-
-def _find_twins(
-    harmful: Sequence[Sample], benign: Sequence[Sample], count: int, seed: int
-) -> list[Sample]:
-    """Choose harmless requests with the wordings of the harmful ones, equally often.
-
-    Then nothing but the picture tells the two sets apart. Among the requests of one wording
-    the thing that was chosen least often comes first.
-    """
-    by_prompt: dict[str, list[Sample]] = {}
-    rng = random.Random(seed)
-    for sample in rng.sample(benign, len(benign)):
-        by_prompt.setdefault(sample.prompt, []).append(sample)
-    wordings = [sample.prompt for sample in harmful if sample.prompt in by_prompt]
-    taken: Counter[str] = Counter()
-    chosen: list[Sample] = []
-    while len(chosen) < count:
-        before = len(chosen)
-        for prompt in wordings[: count - len(chosen)]:
-            if by_prompt[prompt]:
-                sample = min(by_prompt[prompt], key=lambda one: taken[one.concept])
-                by_prompt[prompt].remove(sample)
-                taken[sample.concept] += 1
-                chosen.append(sample)
-        if len(chosen) == before:
-            break
-    return chosen

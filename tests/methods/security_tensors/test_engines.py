@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import ModelEngine, build_engine
+from safebridge.methods.security_tensors.engines import ModelEngine, build_engine, quick_attention
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.prepare import prepare_samples
 from safebridge.models.hooks import capture_output
@@ -281,3 +282,45 @@ def test_the_losses_are_those_of_the_applied_tensor(
         with apply_tensors(vlm, tokens=module.tokens, pixels=None):
             output = vlm.model(**encoded.inputs, labels=encoded.labels)
         torch.testing.assert_close(engine.losses([0])[0], output.loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["prefix", "after_image"])
+def test_a_tensor_for_pictures_learns_nothing_from_text_alone(
+    tiny: Callable[[str], VLM], triad: list[Sample], position: str
+) -> None:
+    vlm = tiny("llava")
+    samples = [replace(triad[0], images=(), prompt="How is it made?"), *triad]
+    with freeze(vlm.model):
+        config = config_of(position=position, applies_to="pictures")
+        engine, module = decoder_engine(vlm, samples, config)
+        whole = ModelEngine(vlm, samples, config, module)
+        losses, gradient = losses_and_gradients(engine, module, [0, 3, 1])
+        shown = losses_and_gradients(whole, module, [3, 1])
+        text = losses_and_gradients(engine, module, [0])
+        undefended = SecurityTensorModule(torch.zeros(3, vlm.layout.hidden_size), None)
+        undefended.tokens = None
+        plain = ModelEngine(vlm, samples, config, undefended).losses([0])
+    torch.testing.assert_close(losses[1:], shown[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(gradient, shown[1], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(losses[:1], plain, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(text[1], torch.zeros_like(text[1]))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_quick_attention_gives_the_same_logits_and_is_taken_back(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str
+) -> None:
+    vlm = tiny(family)
+    inputs = encode(vlm, ["How?", "How so?"], [open_images(s) for s in triad[:2]]).inputs
+    decoder = vlm.layout.get(vlm.model, "language_model")
+    before = decoder.config._attn_implementation
+    with torch.no_grad():
+        fused = vlm.model(**inputs).logits
+        with quick_attention(vlm):
+            assert decoder.config._attn_implementation == "eager"
+            plain = vlm.model(**inputs).logits
+        again = vlm.model(**inputs).logits
+    keep = inputs["attention_mask"].bool()
+    torch.testing.assert_close(plain[keep], fused[keep], atol=2e-4, rtol=2e-3)
+    assert decoder.config._attn_implementation == before == "sdpa"
+    assert torch.equal(again, fused)

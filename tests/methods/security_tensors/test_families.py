@@ -1,6 +1,7 @@
 """Every position of virtual tokens on every family, where one plain batch does not show it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from safebridge.artifacts.store import ArtifactMetadata
 from safebridge.data.sample import Sample, open_images
+from safebridge.errors import SettingError
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.method import SecurityTensors
 from safebridge.models.load import VLM
@@ -17,12 +19,14 @@ from safebridge.testing.tiny import TINY_FAMILIES
 POSITIONS = ["prefix", "after_image"]
 ONE_PICTURE = {"instructblip"}
 FAMILIES = [name for name in TINY_FAMILIES if name not in ONE_PICTURE]
+MIXED = [name for name in FAMILIES if name not in {"mllama", "paligemma"}]
+"""Families whose batches may have rows with and without a picture."""
 
 
-def tensor(vlm: VLM, position: str) -> SecurityTensors:
+def tensor(vlm: VLM, position: str, applies_to: str = "all") -> SecurityTensors:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, vlm.layout.hidden_size, generator=generator)
-    config = SecurityTensorsConfig(num_virtual_tokens=3, position=position)
+    config = SecurityTensorsConfig(num_virtual_tokens=3, position=position, applies_to=applies_to)
     metadata = ArtifactMetadata(vlm.name, None, vlm.fingerprint, "d", 0)
     return SecurityTensors(config, {"tokens": tokens}, metadata)
 
@@ -159,3 +163,40 @@ def test_decoders_that_take_more_than_embeddings_see_the_prefix_each_time(
             for use_cache in (True, False)
         )
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("family", MIXED)
+def test_a_tensor_for_pictures_leaves_requests_in_text_alone(
+    tiny: Callable[[str], VLM], triad: list[Sample], family: str, position: str
+) -> None:
+    vlm, method = tiny(family), tensor(tiny(family), position, "pictures")
+    text = encode(vlm, ["How is it made?"], [[]]).inputs
+    shown = encode(vlm, ["How?"], [open_images(triad[0])]).inputs
+    mixed = encode(vlm, ["How is it made?", "How?"], [[], open_images(triad[0])]).inputs
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False,
+               "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    with torch.no_grad():
+        plain = vlm.model(**text).logits
+        with tensor(vlm, position).apply(vlm):
+            defended = vlm.model(**shown).logits
+        with method.apply(vlm):
+            assert torch.equal(vlm.model(**text).logits, plain)
+            torch.testing.assert_close(vlm.model(**shown).logits, defended)
+            alone = [vlm.model.generate(**each, **options).logits for each in (text, shown)]
+            together = vlm.model.generate(**mixed, **options).logits
+    for step in range(3):
+        for row in range(2):
+            torch.testing.assert_close(
+                together[step][row], alone[row][step][0], atol=2e-4, rtol=2e-3
+            )
+
+
+def test_a_tensor_for_pictures_needs_a_model_that_marks_them(
+    tiny: Callable[[str], VLM],
+) -> None:
+    vlm = tiny("llava")
+    method = tensor(vlm, "prefix", "pictures")
+    vlm = replace(vlm, layout=replace(vlm.layout, image_token_id=None))
+    with pytest.raises(SettingError, match="marks no pictures"), method.apply(vlm):
+        pass

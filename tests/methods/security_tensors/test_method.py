@@ -83,6 +83,11 @@ def test_the_start_is_as_the_config_says(tiny: Callable[[str], VLM], triad: list
     drawn = SecurityTensors.fit(vlm, triad, SecurityTensorsConfig(**options)).tensors["tokens"]
     table = vlm.layout.get(vlm.model, "embed_tokens").weight.detach()
     assert float(torch.cdist(drawn, table).min(dim=1).values.max()) < 1e-3
+    config = SecurityTensorsConfig(init="text", init_text="Be careful.", **options)
+    words = vlm.tokenizer("Be careful.", add_special_tokens=False)["input_ids"]
+    said = SecurityTensors.fit(vlm, triad, config).tensors["tokens"]
+    expected = table[torch.tensor(words)].repeat(200 // len(words) + 1, 1)[:200]
+    torch.testing.assert_close(said, expected)
 
 
 def test_progress_and_metadata_tell_the_loss_of_each_set(

@@ -50,6 +50,7 @@ def apply_tensors(
     tokens: Tensor | None,
     pixels: Tensor | None,
     position: str = "prefix",
+    applies_to: str = "all",
     strength: float = 1.0,
 ) -> Iterator[None]:
     """Defend `vlm.model(...)` and `vlm.model.generate(...)` while the context is open.
@@ -64,6 +65,7 @@ def apply_tensors(
         tokens: Virtual tokens [n, hidden], or None.
         pixels: Tensor added to preprocessed pictures, or None.
         position: "prefix" or "after_image".
+        applies_to: "all", or "pictures" for no virtual tokens in requests without a picture.
         strength: 0 leaves the model alone. Pixels are scaled by it. A virtual token weighs
             in every softmax of the attention as if there were `strength` copies of it:
             log(strength) is added to its attention logits, which at 1 is nothing and
@@ -73,7 +75,8 @@ def apply_tensors(
         Nothing; afterwards the model is as before, also on an error.
 
     Raises:
-        SettingError: If `strength` is negative or no number.
+        SettingError: If `strength` is negative or no number, or a model without image tokens
+            is to be defended for pictures alone.
         SafebridgeError: If a security tensor is already applied to this model.
     """
     if not (strength >= 0 and math.isfinite(strength)):
@@ -86,7 +89,14 @@ def apply_tensors(
     if strength == 0 or (tokens is None and pixels is None):
         yield
         return
-    application = _Application(vlm, tokens, pixels, position, strength)
+    if applies_to == "pictures" and tokens is not None and vlm.layout.image_token_id is None:
+        raise SettingError(
+            f"{vlm.name} marks no pictures in its prompts, so applies_to='pictures' finds none. "
+            "Use applies_to='all'."
+        )
+    application = _Application(
+        vlm, tokens, pixels, position=position, applies_to=applies_to, strength=strength
+    )
     with ExitStack() as stack:
         stack.enter_context(set_on_instance(vlm.model, _MARK, value=True))
         stack.enter_context(replace_method(vlm.model, "forward", application.forward))
@@ -109,6 +119,9 @@ class _Columns:
     length: int
     """Columns of the prompt with the virtual ones."""
 
+    is_seen: Tensor
+    """Which rows see their virtual tokens."""
+
     start: int | None = None
     """Column that the running forward pass begins at; None between passes."""
 
@@ -126,18 +139,21 @@ class _Application:
         vlm: VLM,
         tokens: Tensor | None,
         pixels: Tensor | None,
+        *,
         position: str,
+        applies_to: str,
         strength: float,
     ) -> None:
         self.vlm = vlm
         self.tokens = tokens
         self.pixels = pixels
         self.position = position
+        self.applies_to = applies_to
         self.strength = strength
         self.n = 0 if tokens is None else tokens.shape[0]
         self.columns: _Columns | None = None
         self.is_generating = False
-        self.prefilled: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.prefilled: WeakKeyDictionary[Any, _Columns] = WeakKeyDictionary()
         self.prefix: list[tuple[Tensor, Tensor]] | None = None
 
     def register_hooks(self) -> Iterator[Any]:
@@ -160,9 +176,9 @@ class _Application:
             with self._at(self.columns and replace(self.columns, start=past)):
                 return original(**inputs)
         inputs = self._change_pixels(inputs)
-        if self.tokens is None:
-            return original(**inputs)
-        return self._continue(original, inputs, past) if past else self._begin(original, inputs)
+        if past and self.tokens is not None:
+            return self._continue(original, inputs, past)
+        return self._begin(original, inputs) if self._is_due(inputs) else original(**inputs)
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Generate with the security tensor in the prompt."""
@@ -172,7 +188,7 @@ class _Application:
             inputs["input_ids"] = prompt
         inputs = self._change_pixels(inputs)
         columns = None
-        if self.tokens is not None:
+        if self._is_due(inputs):
             inputs = self._lengthen(original, inputs)
             columns, inputs = self._open(inputs)
         self.is_generating = True
@@ -247,6 +263,19 @@ class _Application:
             return inputs
         return add_to_pictures(self.vlm, inputs, self.pixels, strength=self.strength)
 
+    def _is_due(self, inputs: dict[str, Any]) -> bool:
+        """Return whether any row of a prompt gets virtual tokens."""
+        if self.tokens is None:
+            return False
+        ids = inputs.get("input_ids")
+        return ids is None or bool(self._find_defended(ids).any())
+
+    def _find_defended(self, input_ids: Tensor) -> Tensor:
+        """Return which rows see the virtual tokens, as 0 and 1."""
+        if self.applies_to == "all":
+            return torch.ones_like(input_ids[:, 0])
+        return input_ids.eq(self.vlm.layout.image_token_id).any(dim=1).long()
+
     def _open(self, inputs: dict[str, Any]) -> tuple[_Columns, dict[str, Any]]:
         """Open the virtual columns in the inputs of a prompt."""
         input_ids = inputs.get("input_ids")
@@ -257,16 +286,19 @@ class _Application:
             )
         mask = inputs.get("attention_mask")
         cache = inputs.get("past_key_values")
-        at = None if cache is None else self.prefilled.get(cache)
-        if at is None:
+        known = None if cache is None else self.prefilled.get(cache)
+        if known is not None:
+            at, is_seen = known.at, known.is_seen
+        else:
+            is_seen = self._find_defended(input_ids)
             at = find_insertion_points(
                 input_ids,
                 torch.ones_like(input_ids) if mask is None else mask,
                 self.position,
                 self.vlm.layout.image_token_id,
             )
-        inputs = extend_inputs(inputs, at, self.n, self.vlm.layout.image_token_id)
-        return _Columns(at, inputs["input_ids"].shape[1]), inputs
+        inputs = extend_inputs(inputs, at, self.n, self.vlm.layout.image_token_id, is_seen=is_seen)
+        return _Columns(at, inputs["input_ids"].shape[1], is_seen), inputs
 
     def _begin(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         """Run a prompt and give its outputs back at the original positions."""
@@ -280,7 +312,7 @@ class _Application:
         with self._at(replace(columns, start=0)):
             output = original(**inputs, return_dict=True) if is_tuple else original(**inputs)
         if output.get("past_key_values") is not None:
-            self.prefilled[output.past_key_values] = columns.at
+            self.prefilled[output.past_key_values] = columns
         output["logits"] = self._pick_logits(output.logits, columns, kept)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(
@@ -299,19 +331,20 @@ class _Application:
 
     def _continue(self, original: Callable[..., Any], inputs: dict[str, Any], past: int) -> Any:
         """Run tokens after a cached prompt, in whose cache the virtual tokens are."""
-        at = self.prefilled.get(inputs["past_key_values"])
-        if at is None:  # prefilled before this context was opened: not ours to change
+        known = self.prefilled.get(inputs["past_key_values"])
+        if known is None:  # prefilled before this context was opened: not ours to change
             return original(**inputs)
+        at = known.at
         given = inputs.get("input_ids", inputs.get("inputs_embeds"))
         before = past - self.n + (0 if given is None else given.shape[1])
         inputs = dict(inputs)
-        for name, fill in (("attention_mask", 1), ("cross_attention_mask", 0)):
+        for name, fill in (("attention_mask", known.is_seen), ("cross_attention_mask", 0)):
             value = inputs.get(name)
             if isinstance(value, Tensor) and value.shape[1] == before:
                 inputs[name] = insert_columns(value, at, self.n, fill)
         if isinstance(inputs.get("position_ids"), Tensor):
             inputs["position_ids"] = inputs["position_ids"] + self.n
-        columns = _Columns(at, before + self.n, start=past)
+        columns = replace(known, length=before + self.n, start=past)
         with self._at(columns):
             return original(**inputs)
 
@@ -346,7 +379,8 @@ class _Application:
             return sequences
         output["sequences"] = sequences
         if output.get("past_key_values") is not None:
-            self.prefilled[output.past_key_values] = at
+            is_seen = columns.is_seen.repeat_interleave(len(at) // len(columns.is_seen))
+            self.prefilled[output.past_key_values] = replace(columns, at=at, is_seen=is_seen)
         return output
 
     def _embed(self, _module: nn.Module, _args: Any, output: Any) -> Any:

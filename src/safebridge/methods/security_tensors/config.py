@@ -15,7 +15,8 @@ _CHOICES: Final = {
     "modality": ("textual", "visual", "both"),
     "order": ("joint", "textual_first", "visual_first"),
     "position": ("prefix", "after_image"),
-    "init": ("embeddings", "random"),
+    "applies_to": ("all", "pictures"),
+    "init": ("embeddings", "random", "text"),
     "benign_loss": ("ce", "kl"),
     "schedule": ("constant", "cosine"),
     "autocast": ("none", "bfloat16"),
@@ -42,6 +43,8 @@ _ADDED: Final = {
     "visual_side": 0,
     "max_change_pixels_255": 0.0,
     "kl_top_k": 0,
+    "applies_to": "all",
+    "init_text": "",
     "is_gradient_checkpointed": False,
 }
 """Settings that artifacts of version 0.1.0 lack, with the values that they were fitted by."""
@@ -75,9 +78,16 @@ class SecurityTensorsConfig:
     """Where the virtual tokens go: "prefix" (before everything, as in the authors' code) or
     "after_image" (right after the last image token, as in the paper's text)."""
 
+    applies_to: str = "all"
+    """Which requests get the virtual tokens: "all", or "pictures" (those with a picture, so that
+    requests in text alone are answered exactly as before). The paper speaks of pictures only."""
+
     init: str = "embeddings"
-    """Start of the virtual tokens: "embeddings" (embeddings of tokens drawn from the vocabulary)
-    or "random" (standard normal, as in the authors' code)."""
+    """Start of the virtual tokens: "embeddings" (embeddings of tokens drawn from the vocabulary),
+    "random" (standard normal, as in the authors' code) or "text" (the tokens of `init_text`)."""
+
+    init_text: str = ""
+    """Words whose embeddings are the start with init="text", repeated or cut to the length."""
 
     learning_rate: float = 5e-3
     """AdamW step size of the textual tensor. Paper: 8e-4."""
@@ -177,6 +187,11 @@ class SecurityTensorsConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise SettingError(f"{name}={getattr(self, name)} must not be negative.")
+        if (self.init == "text") != bool(self.init_text.strip()):
+            raise SettingError(
+                f'init="{self.init}" and init_text={self.init_text!r} do not go together. Give '
+                'init_text with init="text", and only then.'
+            )
 
     @property
     def has_text(self) -> bool:

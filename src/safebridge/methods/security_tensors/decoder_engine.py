@@ -135,12 +135,15 @@ class DecoderEngine:
         positions = _pad_positions(
             [part.position_ids for part in parts], starts, ids.shape[1], is_needed=heads is not None
         )
+        is_text_defended = self.config.applies_to == "all"
+        seen = torch.tensor([is_text_defended or bool(e.is_image.any()) for e in examples])
         return _Batch(
             embeddings,
             mask.to(device),
             labels.to(device),
             None if positions is None else positions.to(device),
             at.to(device),
+            seen.to(device),
             heads,
         )
 
@@ -197,7 +200,7 @@ class DecoderEngine:
         n, size = tokens.shape[0], batch.embeddings.shape[0]
         if batch.heads is not None:
             return self._after_heads(tokens, batch, batch.heads)
-        mask = insert_columns(batch.mask, batch.at, n, 1)
+        mask = insert_columns(batch.mask, batch.at, n, batch.is_defended)
         positions = batch.position_ids
         if positions is not None:
             positions = shift_positions(positions, batch.at, n)
@@ -215,7 +218,8 @@ class DecoderEngine:
         """Run virtual tokens and what follows them on the keys and values before them."""
         n, size = tokens.shape[0], batch.embeddings.shape[0]
         start = torch.zeros(size, dtype=torch.long, device=batch.mask.device)
-        mask = torch.cat([heads.mask, insert_columns(batch.mask, start, n, 1)], dim=1)
+        opened = insert_columns(batch.mask, start, n, batch.is_defended)
+        mask = torch.cat([heads.mask, opened], dim=1)
         assert batch.position_ids is not None  # noqa: S101 - heads come with positions
         positions = shift_positions(batch.position_ids, start, n)
         embeddings = torch.cat([tokens.expand(size, -1, -1), batch.embeddings], dim=1)
@@ -340,6 +344,7 @@ class _Batch:
     labels: Tensor
     position_ids: Tensor | None
     at: Tensor
+    is_defended: Tensor
     heads: _Heads | None
 
 

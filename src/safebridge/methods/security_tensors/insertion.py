@@ -20,7 +20,6 @@ __all__ = [
 ]
 
 _FILLS: Final = {
-    "attention_mask": 1,  # virtual tokens are seen
     "token_type_ids": 0,  # they are text
     "mm_token_type_ids": 0,  # they are text
     "labels": -100,  # they are never a target
@@ -164,6 +163,8 @@ def extend_inputs(
     at: Int[Tensor, " batch"],
     n: int,
     image_token_id: int | None,
+    *,
+    is_seen: Int[Tensor, " batch"] | int = 1,
 ) -> dict[str, Any]:
     """Open n columns for virtual tokens in every input that has one column per token.
 
@@ -175,6 +176,8 @@ def extend_inputs(
         at: The column of each row.
         n: Number of virtual tokens.
         image_token_id: The id that marks image positions.
+        is_seen: 0 hides the virtual tokens of a row, as padding; one number for all rows or
+            one for each.
 
     Returns:
         The arguments with n more columns; inputs without columns are passed on.
@@ -193,10 +196,10 @@ def extend_inputs(
     is_text = mask.ne(0) & input_ids.ne(-1 if image_token_id is None else image_token_id)
     last = (is_text * torch.arange(seq, device=input_ids.device)).argmax(dim=1, keepdim=True)
     extended["input_ids"] = insert_columns(input_ids, at, n, input_ids.gather(1, last)[:, 0])
-    extended["attention_mask"] = insert_columns(mask, at, n, 1)
+    extended["attention_mask"] = insert_columns(mask, at, n, is_seen)
     for name, fill in _FILLS.items():
         value = inputs.get(name)
-        if name != "attention_mask" and isinstance(value, Tensor) and value.shape[1] == seq:
+        if isinstance(value, Tensor) and value.shape[1] == seq:
             extended[name] = insert_columns(value, at, n, fill)
     if isinstance(inputs.get("position_ids"), Tensor):
         extended["position_ids"] = shift_positions(inputs["position_ids"], at, n)

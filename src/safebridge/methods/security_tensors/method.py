@@ -20,7 +20,7 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SET_NAMES, SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import Engine, build_engine
+from safebridge.methods.security_tensors.engines import Engine, build_engine, quick_attention
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.objective import build_batches
 from safebridge.methods.security_tensors.pixels import find_pixel_limits
@@ -111,7 +111,7 @@ class SecurityTensors:
         config = config or SecurityTensorsConfig()
         _check_samples(samples)
         runs: list[tuple[LoopResult, Engine]] = []
-        with freeze(vlm.model), _open_cache(cache) as store:
+        with freeze(vlm.model), quick_attention(vlm), _open_cache(cache) as store:
             module = build_module(vlm, config, _first_inputs(vlm, samples, config))
             for number, stage in enumerate(plan_stages(config)):
                 part = module.part(*stage.present)
@@ -159,6 +159,7 @@ class SecurityTensors:
             tokens=None if tokens is None else tokens.to(vlm.device),
             pixels=None if pixels is None else pixels.to(vlm.device),
             position=self.config.position,
+            applies_to=self.config.applies_to,
             strength=strength,
         ):
             yield

@@ -76,7 +76,8 @@ def draw_tokens(
 
     "random" is standard normal, as PEFT's prompt tuning starts in the authors' code.
     "embeddings" takes what the embedding gives for random tokens of the vocabulary, so
-    that the start has the length of ordinary token embeddings (ours).
+    that the start has the length of ordinary token embeddings (ours). "text" takes the
+    tokens of a text, as PEFT's prompt tuning can.
 
     Args:
         vlm: The model whose width and embedding are used.
@@ -90,8 +91,12 @@ def draw_tokens(
     if config.init == "random":
         return torch.randn(n, hidden, generator=generator)
     embed: Any = vlm.layout.get(vlm.model, "embed_tokens")
-    rows = min(vlm.layout.vocab_size, len(vlm.tokenizer))
-    ids = torch.randint(rows, (1, n), generator=generator)
+    if config.init == "text":
+        words = vlm.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[words[place % len(words)] for place in range(n)]])
+    else:
+        rows = min(vlm.layout.vocab_size, len(vlm.tokenizer))
+        ids = torch.randint(rows, (1, n), generator=generator)
     with torch.no_grad():
         drawn: Tensor = embed(ids.to(vlm.device))[0]
     return drawn.detach().float().cpu()
