@@ -18,6 +18,7 @@ named rightly, perplexity that of the undefended model's own answers to general 
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -339,7 +340,9 @@ def summarise(cells: Cells, metric: str, keep: Callable[[list[Any]], bool]) -> R
     return Rate(float(np.exp(loss / count)), float(low), float(high), len(rows))
 
 
-def run(lab: Laboratory, seeds: Sequence[int], names: Sequence[str]) -> tuple[Found, list[str]]:
+def run(
+    lab: Laboratory, seeds: Sequence[int], names: Sequence[str], *, has_studies: bool
+) -> tuple[Found, list[str]]:
     """Measure everything; return outcomes by variant and setting, and what broke the budget."""
     found: Found = {("base", "full"): [lab.measure(None)]}
     full, broken = Source(lab.sizes.groups), []
@@ -350,6 +353,8 @@ def run(lab: Laboratory, seeds: Sequence[int], names: Sequence[str]) -> tuple[Fo
         found[variant.name, "full"] = [
             lab.measure(lab.fit(variant, seed, full).select(**choice["settings"])) for seed in seeds
         ]
+    if not has_studies:
+        return found, broken
     best = next(v for v in TWELVE if v.name == PAPER_BEST)
     if not names or best.name in names:
         chosen = lab.choose(best, seeds[0], full)["settings"]
@@ -557,21 +562,26 @@ def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="safebridge/mini")
-    parser.add_argument("--work", type=Path, default=Path("activation-revision-work"))
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "activation-revision")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--groups", type=int, default=100)
     parser.add_argument("--validation", type=int, default=40, help="samples of each kind")
     parser.add_argument("--test", type=int, default=200, help="samples of each kind")
+    parser.add_argument(
+        "--without-studies", action="store_true", help="leave scopes, controls, sizes, transfer out"
+    )
     parser.add_argument("--answer-tokens", type=int, default=20)
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     options = parser.parse_args()
     sizes = Sizes(options.groups, options.validation, options.test, options.answer_tokens)
     lab = Laboratory(options.model, options.work, sizes, options.split)
-    found, broken = run(lab, options.seeds, options.variants)
+    found, broken = run(
+        lab, options.seeds, options.variants, has_studies=not options.without_studies
+    )
     records = list(build_records(found, options.seeds))
     facts = {
-        "command": "python benchmarks/activation_revision_results.py",
+        "command": " ".join(["python", "benchmarks/activation_revision_results.py", *sys.argv[1:]]),
         "model": options.model,
         "fingerprint": lab.vlm.fingerprint,
         "seeds": options.seeds,
@@ -580,7 +590,7 @@ def main() -> None:
         "broken": broken,
     }
     is_final = options.split == "test" and options.model == "safebridge/mini"
-    folder = DOCS if is_final and not options.variants else options.work
+    folder = DOCS if is_final else options.work
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     write(folder / f"{STEM}.md", build_page(records, facts))

@@ -13,6 +13,7 @@ instead, for choosing settings; it never goes into docs/. About 5 minutes a cell
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from safebridge.data.files import load_samples as load_file
 from safebridge.data.files import save_samples
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.separability import measure_separability
-from safebridge.data.triad import build_triad, find_own_refusal, match_benign
+from safebridge.data.triad import build_triad, draw_evenly, find_own_refusal, match_benign
 from safebridge.data.twins import load_samples, manifest_sha256, names_of
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
 from safebridge.evaluation.statistics import Difference, Rate, measure_difference, measure_rate
@@ -41,15 +42,15 @@ DOCS: Final = ROOT / "docs" / "results"
 STEM: Final = "security-tensors"
 
 FULL: Final = SecurityTensorsConfig(
-    num_virtual_tokens=16,
+    num_virtual_tokens=8,
     position="after_image",
     applies_to="pictures",
-    learning_rate=1e-2,
+    learning_rate=3e-2,
     visual_learning_rate=2e-2,
     visual_init_std=0.05,
     batch_size=16,
-    epochs=4,
-    patience=4,
+    epochs=5,
+    patience=5,
     max_answer_tokens=2,
 )
 """Chosen on the validation split; what is not said here is the default."""
@@ -166,8 +167,10 @@ class Laboratory:
         path = self.work / f"triad-{seed}.jsonl"
         if not path.is_file():
             sizes = self.sizes
-            harmful = load_samples(
-                "harmful_image", "fit", limit=sizes.fit_harmful, seed=seed, categories="seen"
+            harmful = draw_evenly(
+                load_samples("harmful_image", "fit", categories="seen"),
+                sizes.fit_harmful,
+                seed=seed,
             )
             benign = load_samples("benign_image", "fit", seed=seed)
             asked = load_samples("harmful_text", "fit", limit=32, seed=seed, categories="seen")
@@ -515,7 +518,7 @@ def main() -> None:
     for seed in arguments.seeds:
         laboratory.triad(seed)
     facts = {
-        "command": "python benchmarks/security_tensors_results.py",
+        "command": " ".join(["python", "benchmarks/security_tensors_results.py", *sys.argv[1:]]),
         "model": laboratory.vlm.name,
         "fingerprint": laboratory.vlm.fingerprint,
         "seeds": arguments.seeds,

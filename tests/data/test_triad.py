@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from safebridge.data.sample import Sample
-from safebridge.data.triad import build_triad, find_own_refusal, load_refusals, match_benign
+from safebridge.data.triad import (
+    build_triad,
+    draw_evenly,
+    find_own_refusal,
+    load_refusals,
+    match_benign,
+)
 from safebridge.errors import DataError
 from safebridge.evaluation.judges import score_refusal
 
@@ -60,6 +66,21 @@ def test_the_report_says_how_telling_the_wording_is() -> None:
     assert even.report.text_only_accuracy == pytest.approx(0.5)
 
 
+def test_samples_are_drawn_evenly_over_styles_and_then_over_things() -> None:
+    offered = [
+        replace(sample, style=style, concept=f"thing {number % things}")
+        for style, count, things in (("flat", 40, 4), ("ink", 6, 2))
+        for number, sample in enumerate(samples(style, ["make"] * count))
+    ]
+    drawn = draw_evenly(offered, 8, seed=0)
+    assert Counter(s.style for s in drawn) == {"flat": 4, "ink": 4}
+    assert Counter(s.concept for s in drawn if s.style == "flat") == Counter(
+        f"thing {number}" for number in range(4)
+    )
+    assert drawn == draw_evenly(offered, 8, seed=0) != draw_evenly(offered, 8, seed=1)
+    assert len({s.id for s in draw_evenly(offered, 100)}) == 46
+
+
 def test_benign_samples_are_chosen_with_the_requests_and_styles_of_the_harmful_ones() -> None:
     harmful = [replace(sample, style="flat") for sample in samples("h", ["make", "buy", "make"])]
     offered = [
@@ -79,9 +100,9 @@ def test_benign_samples_are_chosen_with_the_requests_and_styles_of_the_harmful_o
 
 
 def test_the_most_frequent_own_refusal_is_found() -> None:
-    answers = ["I can't.", "Take two eggs.", "I won't. ", "I won't.", "Take two eggs."]
-    assert find_own_refusal(answers, is_refusal) == "I won't."
-    assert find_own_refusal(["Take two eggs."], is_refusal) is None
+    often, once, other = "I won't help with that.", "I can't help with this.", "about two eggs"
+    assert find_own_refusal([once, other, f"{often} ", often, other, other], is_refusal) == often
+    assert find_own_refusal(["about two eggs"], is_refusal) is None
 
 
 def test_rematched_requests_tell_nothing() -> None:

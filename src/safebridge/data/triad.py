@@ -16,6 +16,7 @@ __all__ = [
     "Triad",
     "TriadReport",
     "build_triad",
+    "draw_evenly",
     "find_own_refusal",
     "load_refusals",
     "match_benign",
@@ -140,6 +141,29 @@ def find_own_refusal(answers: Sequence[str], is_refusal: Callable[[str], bool]) 
     """
     refusals = Counter(text.strip() for text in answers if is_refusal(text))
     return max(refusals, key=lambda text: refusals[text], default=None)
+
+
+def draw_evenly(samples: Sequence[Sample], count: int, *, seed: int = 0) -> list[Sample]:
+    """Draw samples with all styles, and within a style all things, about equally often.
+
+    Args:
+        samples: What to draw from.
+        count: How many to draw; fewer if there are not enough.
+        seed: Seed of the draw.
+    """
+
+    def ranked(own: Sequence[Sample], name: Callable[[Sample], str]) -> list[Sample]:
+        """Put the first of each name first, then the second of each."""
+        seen: Counter[str] = Counter()
+        ranks = []
+        for sample in own:
+            seen[name(sample)] += 1
+            ranks.append(seen[name(sample)])
+        return [own[i] for i in sorted(range(len(own)), key=lambda i: ranks[i])]
+
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    by_thing = ranked(shuffled, lambda sample: f"{sample.style}\0{sample.concept}")
+    return ranked(by_thing, lambda sample: sample.style)[:count]
 
 
 def match_benign(

@@ -52,20 +52,20 @@ class DemoConfig:
     fit_answer_tokens: int = 2
     """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
-    virtual_tokens: int = 16
+    virtual_tokens: int = 8
     """Length of the security tensor in tokens."""
 
     position: str = "after_image"
     """Where the virtual tokens go: "after_image" or "prefix". On the embedded model the tokens
     learn faster after the picture."""
 
-    epochs: int = 3
+    epochs: int = 5
     """Passes over the samples of the fit."""
 
     fit_batch_size: int = 16
     """Samples in one step of the fit."""
 
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """Step size of the fit."""
 
     layer_samples: int = 32

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from safebridge.data.sample import Sample
 from safebridge.data.tables import Split
-from safebridge.data.triad import match_benign
+from safebridge.data.triad import draw_evenly, match_benign
 from safebridge.demo.config import DemoConfig
 
 __all__ = ["Plan", "TwinSource", "choose_samples"]
@@ -86,7 +86,7 @@ def choose_samples(source: TwinSource, config: DemoConfig) -> Plan:
     cells["over_refusal_rate", "all"] = test("benign_image", config.benign_samples)
     cells["text_over_refusal_rate", "all"] = test("benign_text", config.benign_samples)
     cells["naming_accuracy", "all"] = test("naming", config.naming_samples)
-    harmful = fit("harmful_image", config.fit_harmful, "seen")
+    harmful = draw_evenly(fit("harmful_image", None, "seen"), config.fit_harmful, seed=seed)
     return Plan(
         cells=cells,
         harmful=harmful,

@@ -31,10 +31,10 @@ class DiagnosisConfig:
     benign_samples: int = 48
     """Harmless requests of the same wording, each put in six ways."""
 
-    max_new_tokens: int = 20
+    max_new_tokens: int = 16
     """Length at which an answer is cut; a refusal shows in its first words."""
 
-    batch_size: int = 16
+    batch_size: int = 24
     """Requests answered at the same time."""
 
     defended_conditions: str = "text,picture"
@@ -43,7 +43,7 @@ class DiagnosisConfig:
     layer_samples: int = 40
     """Requests per group for everything about layers; 0 leaves these parts out."""
 
-    sweep_samples: int = 32
+    sweep_samples: int = 16
     """Harmless requests for the scaling test of the safety layers; 0 leaves it out."""
 
     sweep_tokens: int = 8

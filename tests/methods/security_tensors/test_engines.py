@@ -109,12 +109,13 @@ def test_what_stands_before_the_virtual_tokens_is_computed_once_per_picture(
     first, _ = decoder_engine(vlm, triad, config, cache=TensorCache(tmp_path))
     with capture_output(vlm.layout.get(vlm.model, "final_norm")) as passes:
         before = first.losses([0, 1, 2])
-        assert len(passes) == 3 + 1  # three pictures and the batch
+        assert len(passes) == 1 + 1  # the pictures together, and the batch
+        assert passes[0].shape[0] == 3
         first.losses([0, 1, 2])
-        assert len(passes) == 3 + 2
+        assert len(passes) == 1 + 2
         second, _ = decoder_engine(vlm, triad, config, cache=TensorCache(tmp_path))
         assert torch.equal(second.losses([0, 1, 2]), before)
-        assert len(passes) == 3 + 3  # found on disk by another fit
+        assert len(passes) == 1 + 3  # found on disk by another fit
     # The batch itself holds the virtual tokens and what follows the picture, and no more.
     longest = max(len(e.input_ids) - at for e, at in zip(first.prepared.examples, first.insertions,
                                                          strict=True))  # fmt: skip

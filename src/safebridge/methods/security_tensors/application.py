@@ -272,9 +272,10 @@ class _Application:
 
     def _find_defended(self, input_ids: Tensor) -> Tensor:
         """Return which rows see the virtual tokens, as 0 and 1."""
-        if self.applies_to == "all":
+        image_token_id = self.vlm.layout.image_token_id
+        if self.applies_to == "all" or image_token_id is None:
             return torch.ones_like(input_ids[:, 0])
-        return input_ids.eq(self.vlm.layout.image_token_id).any(dim=1).long()
+        return input_ids.eq(image_token_id).any(dim=1).long()
 
     def _open(self, inputs: dict[str, Any]) -> tuple[_Columns, dict[str, Any]]:
         """Open the virtual columns in the inputs of a prompt."""

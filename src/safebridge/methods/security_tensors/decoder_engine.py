@@ -1,6 +1,6 @@
 """The loss of a batch through the decoder alone, with all that is the same computed once."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -242,10 +242,15 @@ class DecoderEngine:
     def _heads(self, indices: Sequence[int], lengths: Sequence[int]) -> "_Heads":
         """Return the keys and values before the virtual tokens, padded to the left."""
         device, longest = self.vlm.device, max(lengths)
-        rows = [
-            self._head(index) if length else None
+        keys = [
+            self._head_key(index) if length else None
             for index, length in zip(indices, lengths, strict=True)
         ]
+        self._run_heads(
+            {key: index for key, index in zip(keys, indices, strict=True)
+             if key is not None and key not in self.cache}
+        )  # fmt: skip
+        rows = [None if key is None else self.cache.get(key)["states"] for key in keys]
         first = next(row for row in rows if row is not None)
         states = first.new_zeros(len(rows), *first.shape[:3], longest, first.shape[-1])
         for state, row in zip(states, rows, strict=True):
@@ -255,11 +260,11 @@ class DecoderEngine:
         mask = (columns >= longest - torch.tensor(lengths)[:, None]).long()
         return _Heads(states.to(device), mask.to(device))
 
-    def _head(self, index: int) -> Tensor:
-        """Return [layers, 2, heads, columns, head_dim] of what stands before the virtual tokens."""
+    def _head_key(self, index: int) -> str:
+        """Name what stands before the virtual tokens; all samples that share it compute it once."""
         example, at = self.prepared.examples[index], self.insertions[index]
         sample, positions = self.samples[index], example.position_ids
-        key = hash_key(
+        return hash_key(
             "heads",
             describe_run(self.vlm, self.config),
             example.input_ids[:at].tolist(),
@@ -267,23 +272,37 @@ class DecoderEngine:
             describe_pictures(sample),
             str(example.picture[1:]) if isinstance(example.picture, tuple) else "",
         )
-        if key not in self.cache:
-            self.cache.put(key, {"states": self._run_head(example, at)})
-        return self.cache.get(key)["states"]
 
     @torch.no_grad()
-    def _run_head(self, example: Example, at: int) -> Tensor:
+    def _run_heads(self, wanted: Mapping[str, int]) -> None:
+        """Keep [layers, 2, heads, columns, head_dim] of each head; those of one length together."""
+        lengths: dict[int, list[tuple[str, int]]] = {}
+        for key, index in wanted.items():
+            lengths.setdefault(self.insertions[index], []).append((key, index))
+        for at, group in lengths.items():
+            examples = [self.prepared.examples[index] for _, index in group]
+            cache = DynamicCache()
+            with autocast(self.vlm, self.config):
+                embeddings = torch.stack([self._embed_head(example, at) for example in examples])
+                positions = [
+                    x.position_ids[..., :at] for x in examples if x.position_ids is not None
+                ]
+                self._decode(
+                    embeddings,
+                    embeddings.new_ones(embeddings.shape[:2], dtype=torch.long),
+                    torch.stack(positions, dim=-2).to(self.vlm.device) if positions else None,
+                    cache,
+                )
+            for row, (key, _) in enumerate(group):
+                states = [torch.stack([x.keys[row], x.values[row]]) for x in cache.layers]
+                self.cache.put(key, {"states": torch.stack(states)})
+
+    def _embed_head(self, example: Example, at: int) -> Tensor:
         device, is_image = self.vlm.device, example.is_image[:at].to(self.vlm.device)
         embeddings = self.embed(example.input_ids[:at].to(device).masked_fill(is_image, 0))
         features = self.prepared.features[example.picture].to(device, embeddings.dtype)
-        embeddings = embeddings.masked_scatter(is_image[:, None], features)[None]
-        positions = example.position_ids
-        if positions is not None:
-            positions = positions[..., None, :at].to(device)
-        cache = DynamicCache()
-        with autocast(self.vlm, self.config):
-            self._decode(embeddings, torch.ones_like(is_image).long()[None], positions, cache)
-        return torch.stack([torch.stack([x.keys[0], x.values[0]]) for x in cache.layers])
+        filled: Tensor = embeddings.masked_scatter(is_image[:, None], features)
+        return filled
 
     def _decode(
         self,
