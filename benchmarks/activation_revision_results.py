@@ -350,9 +350,9 @@ def run(
         choice = lab.choose(variant, seeds[0], full)
         if not choice["is_within_budget"]:
             broken.append(variant.name)
-        found[variant.name, "full"] = [
-            lab.measure(lab.fit(variant, seed, full).select(**choice["settings"])) for seed in seeds
-        ]
+        methods = [lab.fit(variant, seed, full).select(**choice["settings"]) for seed in seeds]
+        methods[0].save(lab.work / f"chosen-{variant.name}")
+        found[variant.name, "full"] = [lab.measure(method) for method in methods]
     if not has_studies:
         return found, broken
     best = next(v for v in TWELVE if v.name == PAPER_BEST)

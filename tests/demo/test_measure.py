@@ -1,8 +1,9 @@
 from pathlib import Path
 
+from safebridge.data.source import TwinSource
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.measure import count_requests, measure_answers
-from safebridge.demo.source import TwinSource, choose_samples
+from safebridge.demo.source import choose_samples
 from safebridge.evaluation.judges import score_naming, score_refusal
 from safebridge.models.generate import generate_answers
 from safebridge.testing.tiny import tiny_vlm

@@ -10,8 +10,9 @@ from safebridge.analysis.curves import LayerCurve
 from safebridge.data.sample import Sample
 from safebridge.demo.report import build_report
 from safebridge.demo.results import Example
-from safebridge.demo.summary import Answered, build_summary, describe_judge
+from safebridge.demo.summary import Answered, build_summary
 from safebridge.errors import DataError
+from safebridge.reporting.facts import describe_judge
 
 ATTACK = "<script>alert('x')</script>"
 

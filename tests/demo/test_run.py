@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from safebridge.data.source import TwinSource
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.run import run_demo
-from safebridge.demo.source import TwinSource
 from safebridge.errors import DataError, UnknownNameError
 from safebridge.methods.security_tensors.method import SecurityTensors
 from safebridge.models.load import load_vlm

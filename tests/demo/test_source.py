@@ -1,8 +1,9 @@
 from collections import Counter
 
 from safebridge.data import twins as shipped_twins
+from safebridge.data.source import TwinSource
 from safebridge.demo.config import FAST, DemoConfig
-from safebridge.demo.source import TwinSource, choose_samples
+from safebridge.demo.source import choose_samples
 
 
 def test_the_shipped_twins_are_a_source() -> None:

@@ -8,12 +8,11 @@ from safebridge.demo.summary import (
     Answered,
     Measurement,
     build_summary,
-    describe_judge,
-    describe_versions,
     find_notes,
     measure_gap,
     measure_rates,
 )
+from safebridge.reporting.facts import describe_judge, describe_versions
 
 CATEGORIES = {"seen": ("weapons", "poison"), "unseen": ("gore",), "all": ("benign",)}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safebridge.cli.fields import add_config_arguments, read_config_arguments
 from safebridge.demo.config import DemoConfig, choose_config
-from safebridge.demo.folders import check_output_folder
+from safebridge.reporting.folders import check_output_folder
 
 __all__ = ["add_parser"]
 

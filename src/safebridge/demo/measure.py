@@ -6,8 +6,9 @@ from pathlib import Path
 from inspect_ai import Task
 
 from safebridge.data.sample import Sample
+from safebridge.data.source import TwinSource
 from safebridge.demo.config import DemoConfig
-from safebridge.demo.source import Plan, TwinSource
+from safebridge.demo.source import Plan
 from safebridge.demo.summary import Answered, Measurement
 from safebridge.evaluation.runner import run_suite
 from safebridge.evaluation.suites import naming, twins

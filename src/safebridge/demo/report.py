@@ -13,8 +13,8 @@ from PIL import Image
 
 from safebridge.analysis.curves import LayerCurve
 from safebridge.data.sample import open_image
-from safebridge.demo.charts import NOTHING, draw_bars, draw_curves, to_percent
 from safebridge.demo.results import Example
+from safebridge.reporting.charts import NOTHING, draw_bars, draw_curves, to_percent
 
 __all__ = ["build_report"]
 

@@ -11,26 +11,22 @@ from safebridge.analysis.safety_layers import measure_angular_gap
 from safebridge.analysis.states import capture_states
 from safebridge.data import twins as shipped_twins
 from safebridge.data.sample import Sample, open_images
+from safebridge.data.source import TwinSource
 from safebridge.data.triad import Triad, build_triad, find_own_refusal
 from safebridge.demo.config import DemoConfig
 from safebridge.demo.examples import draw_examples
-from safebridge.demo.folders import check_output_folder, replaced_folder
 from safebridge.demo.measure import count_requests, measure_answers
-from safebridge.demo.progress import Phases, show_phases
 from safebridge.demo.report import build_report
-from safebridge.demo.source import Plan, TwinSource, choose_samples
-from safebridge.demo.summary import (
-    Measurement,
-    build_summary,
-    describe_judge,
-    describe_machine,
-    describe_versions,
-)
+from safebridge.demo.source import Plan, choose_samples
+from safebridge.demo.summary import Measurement, build_summary
 from safebridge.evaluation.judges import score_refusal
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.method import SecurityTensors
 from safebridge.models.generate import generate_answers
 from safebridge.models.load import VLM, load_vlm
+from safebridge.reporting.facts import describe_judge, describe_machine, describe_versions
+from safebridge.reporting.folders import check_output_folder, replaced_folder
+from safebridge.reporting.progress import Phases, show_phases
 
 __all__ = ["run_demo"]
 

@@ -2,46 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from safebridge.data.sample import Sample
-from safebridge.data.tables import Split
+from safebridge.data.source import TwinSource
 from safebridge.data.triad import draw_evenly, match_benign
 from safebridge.demo.config import DemoConfig
 
-__all__ = ["Plan", "TwinSource", "choose_samples"]
+__all__ = ["Plan", "choose_samples"]
 
 Cell = tuple[str, str]
 """A metric and the part of the data it is measured on, e.g. ("image_refusal_rate", "seen")."""
-
-
-@runtime_checkable
-class TwinSource(Protocol):
-    """Text and picture twins; the module `safebridge.data.twins` is one."""
-
-    def load_samples(
-        self,
-        kind: str,
-        split: Split,
-        *,
-        limit: int | None = None,
-        seed: int = 0,
-        categories: str = "all",
-    ) -> list[Sample]:
-        """Return samples of one kind and split, drawn with a seed."""
-        ...
-
-    def names_of(self, concept: str) -> tuple[str, ...]:
-        """Return every name that counts as naming a concept."""
-        ...
-
-    def is_seen(self, category: str) -> bool:
-        """Return whether a defense may be fitted on a category."""
-        ...
-
-    def manifest_sha256(self) -> str:
-        """Return the SHA-256 of everything the samples are made of."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
-from safebridge.demo.charts import NOTHING, draw_curves, to_percent
 from safebridge.diagnosis.results import CurveFigure, PointFigure, Record, SiteFigure
+from safebridge.reporting.charts import NOTHING, draw_curves, to_percent
 
 __all__ = ["draw_bar_rows", "draw_curve_figure", "draw_point_figure", "draw_site_figure"]
 

@@ -17,8 +17,8 @@ from safebridge.analysis.typography import (
 from safebridge.data import twins as shipped_twins
 from safebridge.data.files import load_samples
 from safebridge.data.sample import Sample
+from safebridge.data.source import TwinSource
 from safebridge.data.tables import Split, load_concepts
-from safebridge.demo.source import TwinSource
 from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
 from safebridge.errors import DataError
 

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safebridge.analysis.curves import LayerCurve
-from safebridge.demo.folders import check_output_folder, replaced_folder
-from safebridge.demo.progress import Phases, show_phases
-from safebridge.demo.source import TwinSource
-from safebridge.demo.summary import describe_judge, describe_machine, describe_versions
+from safebridge.data.source import TwinSource
 from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
 from safebridge.diagnosis.defenses import Defense, load_defenses
 from safebridge.diagnosis.figures import (
@@ -35,6 +32,9 @@ from safebridge.diagnosis.results import Record, list_curve_records
 from safebridge.diagnosis.tables import list_site_records, write_json, write_records
 from safebridge.diagnosis.verdict import write_verdict
 from safebridge.models.load import VLM, load_vlm
+from safebridge.reporting.facts import describe_judge, describe_machine, describe_versions
+from safebridge.reporting.folders import check_output_folder, replaced_folder
+from safebridge.reporting.progress import Phases, show_phases
 
 __all__ = ["RESULT_NAMES", "run_diagnosis"]
 

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from safebridge.analysis.curves import LayerCurve
-from safebridge.demo.charts import draw_bars, draw_curves, to_percent
+from safebridge.reporting.charts import draw_bars, draw_curves, to_percent
 
 
 def build_rate(value: float) -> dict[str, float]:

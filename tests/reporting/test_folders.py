@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from safebridge.demo.folders import check_output_folder, replaced_folder
 from safebridge.errors import DataError
+from safebridge.reporting.folders import check_output_folder, replaced_folder
 
 
 def test_a_new_folder_is_accepted_and_not_made_yet(tmp_path: Path) -> None:

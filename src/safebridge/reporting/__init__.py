@@ -1,0 +1,1 @@
+"""What every report shares: charts, output folders, progress bars, and the facts of a run."""
