@@ -1,5 +1,6 @@
 """Every figure of a diagnosis as PNG and SVG, drawn by matplotlib."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ COLOURS: Final = ("#5a52c4", "#c2571a", "#0c7a6b", "#a0337c", "#7a6a12", "#3b77b
 """Colours of curves and bars, in the order in which they come; the report takes the same."""
 
 _INK: Final = "#1d2126"
+_LABEL_WIDTH: Final = 44  # characters that fit beside the axis
 
 
 def plot_curves(figure: CurveFigure) -> Any:
@@ -41,7 +43,8 @@ def plot_curves(figure: CurveFigure) -> Any:
         axes.plot(layers, curve.values, color=colour, lw=1.8, label=curve.name)
     axes.axhline(0, color="#00000040", lw=0.8)
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel(figure.axis + (f" ({figure.unit})" if figure.unit else ""))
+    label = figure.axis + (f" ({figure.unit})" if figure.unit else "")
+    axes.set_ylabel(textwrap.fill(label, _LABEL_WIDTH))
     axes.set_title(figure.title, loc="left", fontsize=11, color=_INK)
     axes.legend(frameon=False, fontsize=8)
     return drawn
