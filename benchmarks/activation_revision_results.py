@@ -16,10 +16,7 @@ named rightly, perplexity that of the undefended model's own answers to general 
 """
 
 import argparse
-import hashlib
 import json
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +26,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from cells import describe_command, digest, write
 
 from safebridge.activations.capture import Activations, capture_activations
 from safebridge.data.sample import Sample, open_images, with_answer
@@ -546,18 +544,6 @@ def goal_lines(value: Values, keys: Sequence[tuple[str, str]], broken: Sequence[
     return lines
 
 
-def digest(values: Any) -> str:
-    """Return a short name for JSON values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(path)
-
-
 def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -581,7 +567,7 @@ def main() -> None:
     )
     records = list(build_records(found, options.seeds))
     facts = {
-        "command": " ".join(["python", "benchmarks/activation_revision_results.py", *sys.argv[1:]]),
+        "command": describe_command(leave_out=("--work", "--out")),
         "model": options.model,
         "fingerprint": lab.vlm.fingerprint,
         "seeds": options.seeds,

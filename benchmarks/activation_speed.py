@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
+from cells import describe_command
 from record import record
 from torch import Tensor
 
@@ -348,7 +349,7 @@ def main() -> None:
         ratio, peer, version = measure(vlm, options)
         print(f"  ratio {ratio:.3f}, goal {GOALS[name]}")
         if options.model == "safebridge/mini":
-            command = f"python benchmarks/activation_speed.py --only {name}"
+            command = describe_command(leave_out=("--only",)) + f" --only {name}"
             record(f"{FAMILY}/{name}", ratio, GOALS[name], peer, version, command)
 
 

@@ -11,15 +11,14 @@ instead, for choosing settings; it never goes into docs/. About 5 minutes a cell
 """
 
 import argparse
-import hashlib
 import json
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+from cells import describe_command, digest, write
 
 from safebridge.data.files import load_samples as load_file
 from safebridge.data.files import save_samples
@@ -53,7 +52,8 @@ FULL: Final = SecurityTensorsConfig(
     patience=5,
     max_answer_tokens=2,
 )
-"""Chosen on the validation split; what is not said here is the default."""
+"""The textual part was tried on the validation split; the visual step size and start are not chosen
+yet. What is not said here is the default."""
 
 LENGTHS: Final = (1, 4, 10, 30, 100, 300)
 SIZES: Final = (50, 100, 200)
@@ -139,7 +139,7 @@ class Laboratory:
             measure_rules_fingerprint(),
             asdict(sizes),
         ]
-        self.work = work / _digest(world)
+        self.work = work / digest(world)
         self.work.mkdir(parents=True, exist_ok=True)
         self.separability: dict[str, Any] = {}
 
@@ -150,7 +150,7 @@ class Laboratory:
             setting: The row; None is the undefended model.
             seed: Seed of the samples of the fit and of the fit.
         """
-        key = "base" if setting is None else _digest([asdict(setting) | {"name": ""}, seed])
+        key = "base" if setting is None else digest([asdict(setting) | {"name": ""}, seed])
         path = self.work / f"{key}-{self.split}.json"
         if not path.is_file():
             method = None if setting is None else self._fit(setting, seed, key)
@@ -158,7 +158,7 @@ class Laboratory:
                 cell = {"outcomes": self._outcomes()}
             if method is not None:
                 cell["details"] = method.metadata.details
-            _write(path, json.dumps(cell))
+            write(path, json.dumps(cell))
         cell = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(cell, dict)  # noqa: S101 - written above
         return cell
@@ -176,6 +176,8 @@ class Laboratory:
             benign = load_samples("benign_image", "fit", seed=seed)
             asked = load_samples("harmful_text", "fit", limit=32, seed=seed, categories="seen")
             own = find_own_refusal(self._own_answers(asked, 20), _is_refusal)
+            if own is None:
+                raise SystemExit("the model refuses none of its text requests: nothing to transfer")
             triad = build_triad(
                 harmful,
                 match_benign(harmful, benign, sizes.fit_harmful, seed=seed),
@@ -183,9 +185,9 @@ class Laboratory:
                 answer=self._own_answers,
                 is_refusal=_is_refusal,
                 seed=seed,
-                refusals=None if own is None else [own],
+                refusals=[own],
             )
-            _write(path, save_samples(triad.samples, self.work / "new").read_text("utf-8"))
+            write(path, save_samples(triad.samples, self.work / "new").read_text("utf-8"))
             (self.work / "new").unlink()
         samples = load_file(path)
         parts = [[s for s in samples if s.set_name == name] for name in ("SA", "TCB")]
@@ -476,18 +478,6 @@ def _first(samples: Sequence[Sample], share: float) -> list[Sample]:
     return list(samples[: max(1, round(share * len(samples)))])
 
 
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
-
-
 def choose(rows: Sequence[Setting], wanted: Sequence[str]) -> list[Setting]:
     """Return the rows that were asked for as "variant/setting"; all without a wish."""
     names = [f"{row.variant}/{row.name}" for row in rows]
@@ -526,7 +516,7 @@ def main() -> None:
     for seed in arguments.seeds:
         laboratory.triad(seed)
     facts = {
-        "command": " ".join(["python", "benchmarks/security_tensors_results.py", *sys.argv[1:]]),
+        "command": describe_command(leave_out=("--work", "--out")),
         "model": laboratory.vlm.name,
         "fingerprint": laboratory.vlm.fingerprint,
         "seeds": arguments.seeds,
@@ -535,8 +525,8 @@ def main() -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     records = list(build_records(base, found, arguments.seeds))
-    _write(arguments.out / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
-    _write(arguments.out / f"{STEM}.md", build_page(base, found, facts))
+    write(arguments.out / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
+    write(arguments.out / f"{STEM}.md", build_page(base, found, facts))
     print(f"{len(records)} records: {arguments.out / STEM}.md, .json")
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from cells import describe_command
 from record import record
 from torch import Tensor
 
@@ -313,7 +314,7 @@ def report(name: str, ratio: float, goal: float, peer: str, *, is_recorded: bool
     """Print one ratio and, on the embedded model, keep it."""
     print(f"{FAMILY}/{name}: {ratio:.2f} (goal {goal:.2f})", flush=True)
     if is_recorded:
-        command = f"python benchmarks/security_tensors_speed.py --only {name}"
+        command = describe_command(leave_out=("--only",)) + f" --only {name}"
         record(f"{FAMILY}/{name}", ratio, goal, peer, VERSIONS, command)
 
 

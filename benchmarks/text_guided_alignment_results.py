@@ -17,7 +17,6 @@ and `--seeds` choose some of them.
 import argparse
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import write
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -626,7 +626,7 @@ def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) ->
                     rows = measure(vlm, sizes, is_projector_only=is_projector_only, text=text)
                     if variant.name == "plain" and seed == seeds[0]:
                         rows += diagnose(vlm, sizes)
-                write(path, rows)
+                write_rows(path, rows)
             found[seed] = json.loads(path.read_text())
             print(f"{variant.name} seed {seed}: measured", flush=True)
         records += summarise(variant.name, sizes.split, found)
@@ -639,28 +639,20 @@ def check_work(work: Path, sizes: Sizes) -> None:
     own = json.dumps([vars(sizes), manifest_sha256()], sort_keys=True)
     if path.exists() and path.read_text() != own:
         raise SystemExit(f"{work} was made with other sizes or data. Name another --work.")
-    write_text(path, own)
+    write(path, own)
 
 
 def kept_rows(path: Path, make: Callable[[], list[Row]]) -> list[Row]:
     """Return rows from a file, making it first."""
     if not path.exists():
-        write(path, make())
+        write_rows(path, make())
     rows: list[Row] = json.loads(path.read_text())
     return rows
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSON."""
-    write_text(path, json.dumps(list(rows)))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(path)
-    path.chmod(0o644)
+    write(path, json.dumps(list(rows)))
 
 
 def main() -> None:
@@ -693,8 +685,8 @@ def main() -> None:
     is_published = options.split == "test" and options.model == mini.NAME and not options.variants
     folder = OUT if is_published else work
     page = render(records, sizes, f"python benchmarks/{Path(__file__).name}")
-    write_text(folder / f"{STEM}.md", page)
-    write_text(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
+    write(folder / f"{STEM}.md", page)
+    write(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     print(page)
 
 

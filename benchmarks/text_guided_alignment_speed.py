@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from cells import describe_command
 from record import record
 
 from safebridge.data.sample import Sample
@@ -104,7 +105,7 @@ def main() -> None:
                 GOAL,
                 "plain alignment on the same loop",
                 f"torch {torch.__version__}",
-                "python benchmarks/text_guided_alignment_speed.py",
+                describe_command(),
             )
 
 

@@ -45,7 +45,6 @@ def tune(
     *,
     steps: int,
     lr: float,
-    groups: dict[str, float] | None = None,
     folder: Path,
     name: str,
 ) -> None:
@@ -57,20 +56,11 @@ def tune(
         loss_of: The loss of one batch.
         steps: Optimiser steps in all.
         lr: Peak learning rate.
-        groups: Learning-rate factor by name prefix, 1 where no prefix matches.
         folder: Where `<name>.safetensors` and the optimiser's state are written.
         name: Name of the stage.
     """
     weights_path, state_path = folder / f"{name}.safetensors", folder / f"{name}.state"
-    lists: dict[float, list[nn.Parameter]] = {}
-    for key, value in parameters.items():
-        factor = next((f for p, f in (groups or {}).items() if key.startswith(p)), 1.0)
-        lists.setdefault(factor, []).append(value)
-    optimizer = torch.optim.AdamW(
-        [{"params": values, "lr": lr * factor} for factor, values in lists.items()],
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = max(steps // 20, 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -105,16 +105,6 @@ def test_the_most_frequent_own_refusal_is_found() -> None:
     assert find_own_refusal(["about two eggs"], is_refusal) is None
 
 
-def test_rematched_requests_tell_nothing() -> None:
-    benign = samples("b", ["a", "b", "c", "d"])
-    triad = build_triad(
-        HARMFUL, benign, GENERAL, answer=answer, is_refusal=is_refusal, is_rematched=True
-    )
-    assert triad.report.text_only_accuracy == pytest.approx(0.5)
-    assert triad.report.counts == {"SA": 4, "TCB": 4, "GB": 2}
-    assert [sample.prompt for sample in benign] == ["a", "b", "c", "d"]
-
-
 def test_refused_and_empty_answers_are_dropped_and_counted() -> None:
     def moody(asked: Sequence[Sample]) -> list[str]:
         texts = {"b0": "I can't.", "b1": "  ", "g0": "I won't."}

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from safebridge.errors import ArtifactError
+from safebridge.errors import ArtifactError, ModelMismatchError
 
-__all__ = ["Artifact", "ArtifactMetadata", "load_artifact", "save_artifact"]
+__all__ = ["Artifact", "ArtifactMetadata", "check_model", "load_artifact", "save_artifact"]
 
 FORMAT_VERSION = 1
 JSON_NAME = "artifact.json"
@@ -126,6 +126,29 @@ def save_artifact(
             "is unchanged; free some space or choose a folder you may write to."
         ) from error
     return folder
+
+
+def check_model(
+    folder: Path | str, fitted: ArtifactMetadata, *, name: str, fingerprint: str
+) -> None:
+    """Check that an artifact was fitted on a model.
+
+    Args:
+        folder: The artifact, for the error.
+        fitted: What it says of itself.
+        name: The model's name, for the error.
+        fingerprint: The model's fingerprint.
+
+    Raises:
+        ModelMismatchError: If it was fitted on another one.
+    """
+    if fitted.fingerprint != fingerprint:
+        raise ModelMismatchError(
+            f"{folder} was fitted on {fitted.base_model} (fingerprint "
+            f"{fitted.fingerprint[:8]}), but this is {name} (fingerprint "
+            f"{fingerprint[:8]}). Load that model, fit again, or transfer it on purpose "
+            "with allow_other_model=True."
+        )
 
 
 def load_artifact(folder: Path | str, *, kind: str) -> Artifact:

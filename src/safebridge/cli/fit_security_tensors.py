@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safebridge.cli.fields import add_config_arguments, read_config
+from safebridge.cli.options import add_training_options
 from safebridge.errors import DataError
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 
@@ -53,23 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="what held-out samples are scored by: refusals on harm less false refusals in "
         "generated answers, or the loss. Default: %(default)s.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="written after each epoch; if it exists, the fit goes on from it",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keeps what is computed once, for this and later fits on the same samples",
-    )
-    parser.add_argument(
-        "--tensorboard", type=Path, metavar="FOLDER", help="write the losses as TensorBoard events"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", metavar="TYPE", help="type of the weights. Default: auto."
+    add_training_options(
+        parser,
+        cache="keeps what is computed once, for this and later fits on the same samples",
     )
     add_config_arguments(parser, SecurityTensorsConfig, "settings")
 

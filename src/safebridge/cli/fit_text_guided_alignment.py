@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safebridge.cli.fields import add_config_arguments, read_config
+from safebridge.cli.options import add_training_options
 from safebridge.errors import DataError
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 
@@ -30,23 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_data_options(parser.add_argument_group("data"))
     _add_guide_options(parser.add_argument_group("captions and retrieved texts"))
     _add_plan_options(parser.add_argument_group("plan"))
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="written after each epoch; if it exists, the fit goes on from it",
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="keeps the states of captions where they do not change, for later fits as well",
-    )
-    parser.add_argument(
-        "--tensorboard", type=Path, metavar="FOLDER", help="write the losses as TensorBoard events"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", metavar="TYPE", help="type of the weights. Default: auto."
+    add_training_options(
+        parser,
+        cache="keeps the states of captions where they do not change, for later fits as well",
     )
     add_config_arguments(parser, TextGuidedAlignmentConfig, "settings")
 

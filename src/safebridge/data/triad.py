@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import final
@@ -67,7 +67,6 @@ def build_triad(
     is_refusal: Callable[[str], bool],
     seed: int = 0,
     refusals: Sequence[str] | None = None,
-    is_rematched: bool = False,
 ) -> Triad:
     """Give harmful requests refusals, and benign ones the model's own answers.
 
@@ -83,9 +82,6 @@ def build_triad(
         is_refusal: Whether an answer refuses.
         seed: Seed of the choice of refusals.
         refusals: Targets of SA, used about equally often; None takes `load_refusals()`.
-        is_rematched: Deal the requests of the harmful samples out to the benign pictures
-            instead of theirs, equally often, so that the wording tells nothing. Only for
-            requests that go with any picture.
 
     Returns:
         The samples with `set_name` and `answer` set, and a report. What was given is not
@@ -98,8 +94,6 @@ def build_triad(
     targets = list(load_refusals() if refusals is None else refusals)
     _check(harmful, benign, general, targets, is_refusal)
     dropped: Counter[str] = Counter()
-    if is_rematched:
-        benign = _rematched(benign, harmful, seed)
     shared = {s.prompt for s in harmful} & {s.prompt for s in benign}
     kept_harmful = [sample for sample in harmful if sample.prompt in shared]
     kept_benign = [sample for sample in benign if sample.prompt in shared]
@@ -224,18 +218,6 @@ def _check(
                 f"'{target}' does not count as a refusal for this judge. Change the sentence or "
                 "pass another is_refusal."
             )
-
-
-def _rematched(benign: Sequence[Sample], harmful: Sequence[Sample], seed: int) -> list[Sample]:
-    """Give each benign picture the request of a harmful one, going round until all have one."""
-    generator = random.Random(seed)
-    deck: list[Sample] = []
-    while harmful and len(deck) < len(benign):
-        deck += generator.sample(harmful, len(harmful))
-    return [
-        replace(sample, prompt=other.prompt, template=other.template)
-        for sample, other in zip(benign, deck, strict=False)
-    ]
 
 
 def _refused(samples: Sequence[Sample], targets: Sequence[str], seed: int) -> list[Sample]:

@@ -56,8 +56,7 @@ class DemoConfig:
     """Length of the security tensor in tokens."""
 
     position: str = "after_image"
-    """Where the virtual tokens go: "after_image" or "prefix". On the embedded model the tokens
-    learn faster after the picture."""
+    """Where the virtual tokens go: "after_image" or "prefix"."""
 
     epochs: int = 5
     """Passes over the samples of the fit."""

@@ -1,9 +1,10 @@
 """Settings of an activation revision; the text under each field is its documentation."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+from safebridge.artifacts.settings import rebuild_settings
 from safebridge.errors import SettingError
 
 __all__ = ["ActivationRevisionConfig"]
@@ -207,11 +208,4 @@ class ActivationRevisionConfig:
         Raises:
             SettingError: If a setting is missing, unknown or out of range.
         """
-        names = {item.name for item in fields(cls)}
-        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
-        if missing or unknown:
-            raise SettingError(
-                f"settings of an activation revision: missing {missing}, unknown {unknown}. They "
-                "were written by another version; fit and save again."
-            )
-        return cls(**values)
+        return rebuild_settings(cls, values, "an activation revision")

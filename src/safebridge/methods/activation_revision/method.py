@@ -21,9 +21,9 @@ from safebridge.activations.revision import Edit, apply_edits
 from safebridge.activations.scopes import TokenScope
 from safebridge.activations.sites import place_shape
 from safebridge.activations.store import capture_to_disk
-from safebridge.artifacts.store import ArtifactMetadata, load_artifact, save_artifact
+from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample
-from safebridge.errors import ArtifactError, DataError, ModelMismatchError, SettingError, ShapeError
+from safebridge.errors import ArtifactError, DataError, SettingError, ShapeError
 from safebridge.methods.activation_revision.condition import GATE_TENSORS, fit_condition
 from safebridge.methods.activation_revision.config import ActivationRevisionConfig
 from safebridge.methods.activation_revision.modules import (
@@ -297,14 +297,8 @@ class ActivationRevision:
             )
         method = cls(config, artifact.tensors, artifact.metadata)
         method._check_sizes(vlm)
-        fitted = artifact.metadata
-        if fitted.fingerprint != vlm.fingerprint and not allow_other_model:
-            raise ModelMismatchError(
-                f"{folder} was fitted on {fitted.base_model} (fingerprint "
-                f"{fitted.fingerprint[:8]}), but this is {vlm.name} (fingerprint "
-                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose "
-                "with allow_other_model=True."
-            )
+        if not allow_other_model:
+            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
         return method
 
     def _size(self, name: str) -> int:

@@ -1,9 +1,10 @@
 """Settings of a security tensor; the text under each field is its documentation."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+from safebridge.artifacts.settings import rebuild_settings
 from safebridge.errors import SettingError
 
 __all__ = ["SET_NAMES", "SecurityTensorsConfig"]
@@ -224,15 +225,7 @@ class SecurityTensorsConfig:
         Raises:
             SettingError: If a setting is missing, unknown or out of range.
         """
-        values = {**_ADDED, **values}
-        names = {item.name for item in fields(cls)}
-        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
-        if missing or unknown:
-            raise SettingError(
-                f"settings of a security tensor: missing {missing}, unknown {unknown}. They were "
-                "written by another version; fit and save again."
-            )
-        return cls(**values)
+        return rebuild_settings(cls, {**_ADDED, **values}, "a security tensor")
 
 
 def _listed(choices: tuple[str, ...]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from safebridge.artifacts.store import ArtifactMetadata, load_artifact, save_artifact
+from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import DataError, ModelMismatchError, SettingError, ShapeError
 from safebridge.methods.security_tensors.application import apply_tensors
@@ -205,14 +205,8 @@ class SecurityTensors:
         method = cls(config, artifact.tensors, artifact.metadata)
         method._check_parts(folder)
         method._check_width(vlm)
-        fitted = artifact.metadata
-        if fitted.fingerprint != vlm.fingerprint and not allow_other_model:
-            raise ModelMismatchError(
-                f"{folder} was fitted on {fitted.base_model} (fingerprint "
-                f"{fitted.fingerprint[:8]}), but this is {vlm.name} (fingerprint "
-                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose "
-                "with allow_other_model=True."
-            )
+        if not allow_other_model:
+            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
         return method
 
     def _check_parts(self, folder: Path | str) -> None:

@@ -1,9 +1,10 @@
 """Settings of text-guided alignment; the text under each field is its documentation."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, final
 
+from safebridge.artifacts.settings import rebuild_settings
 from safebridge.errors import SettingError, ShapeError
 
 __all__ = ["TextGuidedAlignmentConfig", "parse_layers"]
@@ -221,14 +222,7 @@ class TextGuidedAlignmentConfig:
         Raises:
             SettingError: If a setting is missing, unknown or out of range.
         """
-        names = {item.name for item in fields(cls)}
-        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
-        if missing or unknown:
-            raise SettingError(
-                f"settings of text-guided alignment: missing {missing}, unknown {unknown}. They "
-                "were written by another version; fit and save again."
-            )
-        return cls(**values)
+        return rebuild_settings(cls, values, "text-guided alignment")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

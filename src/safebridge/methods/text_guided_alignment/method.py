@@ -9,9 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from safebridge.artifacts.store import ArtifactMetadata, load_artifact, save_artifact
+from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample
-from safebridge.errors import ModelMismatchError
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 from safebridge.methods.text_guided_alignment.engine import GuidedEngine, check_support
 from safebridge.methods.text_guided_alignment.modules import (
@@ -190,15 +189,9 @@ class TextGuidedAlignment:
         """
         artifact = load_artifact(folder, kind=KIND)
         config = TextGuidedAlignmentConfig.from_dict(artifact.config)
-        fitted = artifact.metadata
-        if fitted.fingerprint != vlm.fingerprint and not allow_other_model:
-            raise ModelMismatchError(
-                f"{folder} was fitted on {fitted.base_model} (fingerprint "
-                f"{fitted.fingerprint[:8]}), but this is {vlm.name} (fingerprint "
-                f"{vlm.fingerprint[:8]}). Load that model, fit again, or transfer it on purpose "
-                "with allow_other_model=True."
-            )
-        method = cls(config, artifact.tensors, fitted)
+        if not allow_other_model:
+            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
+        method = cls(config, artifact.tensors, artifact.metadata)
         with method.apply(vlm):  # a weight that does not fit is better found now
             pass
         return method
