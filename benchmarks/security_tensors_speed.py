@@ -38,7 +38,7 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import build_engine
+from safebridge.methods.security_tensors.engines import build_engine, quick_attention
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.objective import build_batches
 from safebridge.models.families import find_layout
@@ -169,8 +169,8 @@ def learn(module: SecurityTensorModule, loss: Callable[[], Tensor]) -> Callable[
 def prepared(
     vlm: VLM, samples: Sequence[Sample], config: SecurityTensorsConfig
 ) -> Iterator[tuple[DecoderEngine, SecurityTensorModule, list[list[int]]]]:
-    """Yield our engine, its tensor and its batches, with everything cached as in an epoch."""
-    with tempfile.TemporaryDirectory() as folder, freeze(vlm.model):
+    """Yield our engine, its tensor and its batches as in a fit, with everything cached."""
+    with tempfile.TemporaryDirectory() as folder, freeze(vlm.model), quick_attention(vlm):
         inputs = encode(vlm, [samples[0].prompt], [open_images(samples[0])]).inputs
         module = build_module(vlm, config, inputs)
         engine = build_engine(vlm, samples, config, module, TensorCache(Path(folder)))

@@ -11,7 +11,7 @@ captioned as all others, but have no part in the guide loss.
 Every variant and seed is kept in the work folder as soon as it is measured, so a run that was
 cut off goes on. The last step writes docs/results/text-guided-alignment.md and .json. Choices are
 made with `--split validation`, which writes into the work folder alone. It is 25 fits; `--variants`
-and `--seeds` choose some of them.
+and `--seeds` choose some of them, and the page then has only those.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import write
+from cells import describe_command, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ from safebridge.methods.text_guided_alignment.retrieval import (
 from safebridge.models import mini
 from safebridge.models.families import find_layout
 from safebridge.models.generate import generate_answers
-from safebridge.models.load import VLM, load_vlm
+from safebridge.models.load import VLM, load_vlm, measure_fingerprint
 from safebridge.models.tokens import encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,9 @@ OUT = ROOT / "docs" / "results"
 STEM = "text-guided-alignment"
 CAPTION = "This is {}."
 FORMAT = TextGuidedAlignmentConfig().retrieved_format
-ALL = "all"
+FULL, ALL = "full", "all"
+SEEN, UNSEEN = "seen", "unseen"
+AT_INFERENCE = "retrieval at inference"
 
 Answers = Callable[[Sequence[Sample]], list[str]]
 Row = dict[str, Any]
@@ -134,7 +136,10 @@ class Sizes:
 
 
 def load_start(sizes: Sizes, work: Path) -> VLM:
-    """Return the text-safe model with a projector that was warmed up on names."""
+    """Return the text-safe model with a projector that was warmed up on names.
+
+    The warmed projector is kept in the work folder, which is checked first.
+    """
     if sizes.model == mini.NAME:
         parts = mini.trained_parts()
         left_out = ("projector", "visual_instruction")
@@ -144,6 +149,8 @@ def load_start(sizes: Sizes, work: Path) -> VLM:
         vlm = VLM(model, processor, find_layout(model), f"{mini.NAME} before alignment")
     else:
         vlm = load_vlm(sizes.model)
+    work.mkdir(parents=True, exist_ok=True)
+    check_work(work, sizes, measure_fingerprint(vlm.model))
     path, projector = work / "warm.safetensors", vlm.layout.get(vlm.model, "projector")
     if not path.exists():
         warm_up(vlm, sizes.warm_steps)
@@ -303,27 +310,29 @@ def fit(
     return method
 
 
-def refusal_rows(metric: str, samples: Sequence[Sample], answers: Sequence[str]) -> list[Row]:
-    """Return one row for each answer, with whether it refuses."""
+def refusal_rows(
+    metric: str, samples: Sequence[Sample], answers: Sequence[str], setting: str = FULL
+) -> list[Row]:
+    """Return a row for each answer and each part it counts for, with whether it refuses."""
     return [
         {
             "metric": metric,
             "setting": setting,
+            "split": part,
             "id": sample.id,
             "concept": sample.concept,
             "outcome": score_refusal(answer).is_refusal,
         }
         for sample, answer in zip(samples, answers, strict=True)
-        for setting in settings_of(sample)
+        for part in parts_of(sample)
     ]
 
 
-def settings_of(sample: Sample) -> list[str]:
+def parts_of(sample: Sample) -> list[str]:
     """Return what a sample counts for: all, its side of the held-out line, its category."""
     if not sample.is_harmful:
         return [ALL]
-    side = "guided categories" if is_seen(sample.category) else "held-out categories"
-    return [ALL, side, sample.category]
+    return [ALL, SEEN if is_seen(sample.category) else UNSEEN, sample.category]
 
 
 def measure(vlm: VLM, sizes: Sizes, *, is_projector_only: bool, text: list[Row]) -> list[Row]:
@@ -338,7 +347,8 @@ def measure(vlm: VLM, sizes: Sizes, *, is_projector_only: bool, text: list[Row])
     rows += [
         {
             "metric": "naming_accuracy",
-            "setting": ALL,
+            "setting": FULL,
+            "split": ALL,
             "id": sample.id,
             "concept": sample.concept,
             "outcome": score_naming(answer_text, names_of(sample.concept)),
@@ -346,10 +356,7 @@ def measure(vlm: VLM, sizes: Sizes, *, is_projector_only: bool, text: list[Row])
         for sample, answer_text in zip(shown, answer(shown), strict=True)
     ]
     for name, samples in (("image_refusal_rate", harmful), ("over_refusal_rate", benign)):
-        found = refusal_rows(name, samples, answer_with_retrieved(vlm, samples))
-        rows += [
-            row | {"setting": "retrieval at inference"} for row in found if row["setting"] == ALL
-        ]
+        rows += refusal_rows(name, samples, answer_with_retrieved(vlm, samples), AT_INFERENCE)
     return rows + measure_cosines(vlm, sizes)
 
 
@@ -380,8 +387,8 @@ def measure_cosines(vlm: VLM, sizes: Sizes) -> list[Row]:
     ]
     gap = measure_modality_gap(vlm, samples)
     return [
-        {"metric": "hidden_state_cosine", "setting": f"layer {layer}, {kind}", "value": value,
-         "n": gap.n}
+        {"metric": "hidden_state_cosine", "setting": f"layer {layer}, {kind}", "split": ALL,
+         "value": value, "n": gap.n}
         for kind in ("raw", "centred", "mismatched")
         for layer, value in enumerate(getattr(gap, kind))
     ]  # fmt: skip
@@ -420,8 +427,8 @@ def diagnose(vlm: VLM, sizes: Sizes) -> list[Row]:
     text = load_samples("harmful_text", sizes.split, limit=sizes.pairs)
     report = measure_activation_layers(vlm, text)
     rows: list[Row] = [
-        {"metric": "activation_layer", "setting": f"{name}, {part}", "value": float(value),
-         "n": len(text)}
+        {"metric": "activation_layer", "setting": f"{name}, {part}", "split": ALL,
+         "value": float(value), "n": len(text)}
         for name, found in report.summary().items()
         for part, value in found.items()
         if isinstance(value, int | float)
@@ -434,21 +441,21 @@ def diagnose(vlm: VLM, sizes: Sizes) -> list[Row]:
     for found in replaced:
         setting = f"caption state after layer {found.layers[0]}" if found.layers else "as it is"
         rows += [
-            {"metric": "replacement_refusal_rate", "setting": setting, "id": sample.id,
-             "concept": sample.concept, "outcome": outcome}
+            {"metric": "replacement_refusal_rate", "setting": setting, "split": ALL,
+             "id": sample.id, "concept": sample.concept, "outcome": outcome}
             for sample, outcome in zip(samples, found.refused, strict=True)
         ]  # fmt: skip
     return rows
 
 
-def summarise(variant: str, split: str, seeds: Mapping[int, Sequence[Row]]) -> list[Row]:
+def summarise(variant: str, seeds: Mapping[int, Sequence[Row]]) -> list[Row]:
     """Return the records of one variant; answers of all seeds count, concepts are clusters."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for rows in seeds.values():
         for row in rows:
-            groups.setdefault((row["metric"], row["setting"]), []).append(row)
+            groups.setdefault((row["metric"], row["setting"], row["split"]), []).append(row)
     records = []
-    for (metric, setting), rows in groups.items():
+    for (metric, setting, split), rows in groups.items():
         if "value" in rows[0]:
             values = [row["value"] for row in rows]
             value, low, high = sum(values) / len(values), min(values), max(values)
@@ -467,18 +474,19 @@ def summarise(variant: str, split: str, seeds: Mapping[int, Sequence[Row]]) -> l
                 "low": low,
                 "high": high,
                 "n": n,
-                "seeds": len(seeds),
+                "seeds": list(seeds),
             }
         )
     return records
 
 
-def find(records: Sequence[Row], variant: str, metric: str, setting: str = ALL) -> Row | None:
+def find(
+    records: Sequence[Row], variant: str, metric: str, split: str = ALL, setting: str = FULL
+) -> Row | None:
     """Return one record, if it was measured."""
-    for record in records:
-        if (record["variant"], record["metric"], record["setting"]) == (variant, metric, setting):
-            return record
-    return None
+    wanted = (variant, metric, split, setting)
+    keys = ("variant", "metric", "split", "setting")
+    return next((r for r in records if tuple(r[key] for key in keys) == wanted), None)
 
 
 def cell(record: Row | None) -> str:
@@ -491,8 +499,8 @@ def cell(record: Row | None) -> str:
 def check_goals(records: Sequence[Row]) -> list[Row]:
     """Compare the full method with its goals."""
     get = partial(find, records)
-    text = get("align+pair", "text_refusal_rate", "held-out categories")
-    image = get("align+pair", "image_refusal_rate", "held-out categories")
+    text = get("align+pair", "text_refusal_rate", UNSEEN)
+    image = get("align+pair", "image_refusal_rate", UNSEEN)
     over, plain_over = (get(v, "over_refusal_rate") for v in ("align+pair", "plain"))
     named, plain_named = (get(v, "naming_accuracy") for v in ("align+pair", "plain"))
     goals = []
@@ -537,12 +545,13 @@ def render(records: Sequence[Row], sizes: Sizes, command: str) -> str:
         for goal in check_goals(records)
     ]
     columns = {
-        "text": ("text_refusal_rate", ALL),
-        "picture": ("image_refusal_rate", ALL),
-        "picture, held out": ("image_refusal_rate", "held-out categories"),
-        "picture, with retrieval": ("image_refusal_rate", "retrieval at inference"),
-        "over-refusal": ("over_refusal_rate", ALL),
-        "naming": ("naming_accuracy", ALL),
+        "text": ("text_refusal_rate", ALL, FULL),
+        "picture": ("image_refusal_rate", ALL, FULL),
+        "picture, held out": ("image_refusal_rate", UNSEEN, FULL),
+        "picture, with retrieval": ("image_refusal_rate", ALL, AT_INFERENCE),
+        "over-refusal": ("over_refusal_rate", ALL, FULL),
+        "over-refusal, with retrieval": ("over_refusal_rate", ALL, AT_INFERENCE),
+        "naming": ("naming_accuracy", ALL, FULL),
     }
     lines += ["", "## Variants", "", f"| variant | what | {' | '.join(columns)} | gap | seeds |"]
     lines += ["|---" * (len(columns) + 4) + "|"]
@@ -555,7 +564,7 @@ def render(records: Sequence[Row], sizes: Sizes, command: str) -> str:
         seeds = next(record["seeds"] for record in cells if record)
         lines.append(
             f"| {variant.name} | {variant.setting} | {' | '.join(map(cell, cells))} "
-            f"| {gap} | {seeds} |"
+            f"| {gap} | {', '.join(map(str, seeds))} |"
         )
     return "\n".join(lines + render_details(records)) + "\n"
 
@@ -566,9 +575,9 @@ def render_details(records: Sequence[Row]) -> list[str]:
     lines = ["", "## Pictures refused, by category", "", f"| category | {' | '.join(main)} |"]
     lines += ["|---" * (len(main) + 1) + "|"]
     categories = sorted({
-        record["setting"]
+        record["split"]
         for record in records
-        if record["metric"] == "text_refusal_rate" and record["setting"] != ALL
+        if record["metric"] == "text_refusal_rate" and record["split"] not in {ALL, SEEN, UNSEEN}
     })  # fmt: skip
     for category in categories:
         cells = [cell(find(records, name, "image_refusal_rate", category)) for name in main]
@@ -584,7 +593,8 @@ def render_details(records: Sequence[Row]) -> list[str]:
     ]
     for layer in sorted(set(layers)):
         found = [
-            find(records, name, "hidden_state_cosine", f"layer {layer}, centred") for name in main
+            find(records, name, "hidden_state_cosine", setting=f"layer {layer}, centred")
+            for name in main
         ]
         values = [f"{record['value']:.3f}" if record else "" for record in found]
         lines.append(f"| {layer} | {' | '.join(values)} |")
@@ -607,8 +617,6 @@ def render_details(records: Sequence[Row]) -> list[str]:
 
 def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) -> list[Row]:
     """Fit and measure what is not there yet, and return all records."""
-    work.mkdir(parents=True, exist_ok=True)
-    check_work(work, sizes)
     vlm = load_start(sizes, work)
     samples = build_samples(vlm, sizes, work)
     text = kept_rows(work / "text.json", lambda: measure_text(vlm, sizes))
@@ -629,16 +637,16 @@ def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) ->
                 write_rows(path, rows)
             found[seed] = json.loads(path.read_text())
             print(f"{variant.name} seed {seed}: measured", flush=True)
-        records += summarise(variant.name, sizes.split, found)
+        records += summarise(variant.name, found)
     return records
 
 
-def check_work(work: Path, sizes: Sizes) -> None:
-    """Refuse a work folder of other sizes or other pictures, whose rows would be mixed in."""
+def check_work(work: Path, sizes: Sizes, fingerprint: str) -> None:
+    """Refuse a work folder of other sizes, pictures or weights, whose rows would be mixed in."""
     path = work / "sizes.json"
-    own = json.dumps([vars(sizes), manifest_sha256()], sort_keys=True)
+    own = json.dumps([vars(sizes), manifest_sha256(), fingerprint], sort_keys=True)
     if path.exists() and path.read_text() != own:
-        raise SystemExit(f"{work} was made with other sizes or data. Name another --work.")
+        raise SystemExit(f"{work} was made with other sizes, data or weights. Name another --work.")
     write(path, own)
 
 
@@ -682,9 +690,9 @@ def main() -> None:
     )
     work = options.work / options.split
     records = run(sizes, options.seeds, options.variants, work)
-    is_published = options.split == "test" and options.model == mini.NAME and not options.variants
+    is_published = options.split == "test" and options.model == mini.NAME
     folder = OUT if is_published else work
-    page = render(records, sizes, f"python benchmarks/{Path(__file__).name}")
+    page = render(records, sizes, describe_command(leave_out=("--work",)))
     write(folder / f"{STEM}.md", page)
     write(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     print(page)

@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tower import train_tower
-from transformers import LlavaConfig
+from transformers import LlavaConfig, PreTrainedTokenizerBase
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from safebridge.data.tables import load_concepts
@@ -49,7 +49,9 @@ CONTRAST_BATCH, CONTRAST_STEPS, CONTRAST_LR = 64, 200, 5e-4
 TOWER_STEPS = 350
 WARM_STEPS = 1200
 VISUAL_STEPS, VISUAL_LR = 800, 4e-4
-SETTLE_STEPS, SETTLE_LR = 260, 2e-4
+POINTING_STEPS, POINTING_LR = 140, 4e-4
+SETTLE_STEPS, SETTLE_LR = 260, 3e-4
+APART_SHARE = 0.45
 PLANS = {
     "openings": contrast_stage.CONTRAST,
     "wider": contrast_stage.WIDER,
@@ -115,18 +117,44 @@ def openings(work: Path) -> None:
 
 def contrast(work: Path) -> None:
     """Go on with the text adapter until the object decides, whatever the wording."""
+    _train_text(
+        work, "contrast", "text_safety", ("openings",), steps=CONTRAST_STEPS, lr=CONTRAST_LR
+    )
+
+
+def pointing(work: Path) -> None:
+    """Go on with the text adapter until an object named apart from the request decides as well.
+
+    Comes after `instruct`; the adapter of that stage is brought onto this one by `settle`.
+    """
+    _train_text(
+        work,
+        "pointing",
+        "contrast",
+        tuple(PLANS),
+        steps=POINTING_STEPS,
+        lr=POINTING_LR,
+        apart_share=APART_SHARE,
+    )
+    _save_safe(work, "pointing", work / "smol-pointing")
+
+
+def _train_text(
+    work: Path,
+    name: str,
+    start: str,
+    begun: tuple[str, ...],
+    *,
+    steps: int,
+    lr: float,
+    apart_share: float = 0.0,
+) -> None:
     torch.manual_seed(SEED)
     model, tokenizer = _load(work / "smol", torch.bfloat16)
-    samples = contrast_stage.build_contrast_samples(
-        work / "openings.jsonl",
-        work / "answers.jsonl",
-        tokenizer,
-        SEED,
-        contrast_stage.CONTRAST,
-    )
-    rows = [visual.VisualSample(s.prompt, s.answer) for s in samples]
+    samples = _text_samples(work, tokenizer, begun, apart_share)
+    rows = [visual.VisualSample(sample.prompt, sample.answer) for sample in samples]
     adapted, parameters = _with_lora(model)
-    _copy_into(parameters, load_file(work / "text_safety.safetensors"))
+    _copy_into(parameters, load_file(work / f"{start}.safetensors"))
     features = np.zeros((1, 1, 1), dtype=np.float16)
     tune.tune(
         parameters,
@@ -134,11 +162,37 @@ def contrast(work: Path) -> None:
             rows, tokenizer, features, size=CONTRAST_BATCH, seed=epoch
         ),
         lambda batch: visual.visual_loss(adapted, nn.Identity(), batch),
-        steps=CONTRAST_STEPS,
-        lr=CONTRAST_LR,
+        steps=steps,
+        lr=lr,
         folder=work,
-        name="contrast",
+        name=name,
     )
+
+
+def _text_samples(
+    work: Path, tokenizer: PreTrainedTokenizerBase, begun: tuple[str, ...], apart_share: float
+) -> list[text_stage.TextSample]:
+    return [
+        sample
+        for file in begun
+        for sample in contrast_stage.build_contrast_samples(
+            work / f"{file}.jsonl",
+            work / "answers.jsonl",
+            tokenizer,
+            SEED,
+            PLANS[file],
+            apart_share=apart_share,
+        )
+    ]
+
+
+def _save_safe(work: Path, adapter: str, folder: Path) -> None:
+    """Save the language model with a text adapter folded in and the image token added."""
+    model, tokenizer = _load(work / "smol", torch.float32)
+    mini.add_lora(model, _adapter(work, adapter))
+    tokenizer.add_special_tokens({"additional_special_tokens": [mini.IMAGE_TOKEN]})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _saved(model, tokenizer, folder)
 
 
 def warm(work: Path) -> None:
@@ -163,54 +217,55 @@ def warm(work: Path) -> None:
 def instruct(work: Path) -> None:
     """Train projector and adapter on captions of everything and benign instructions."""
     torch.manual_seed(SEED)
-    model, tokenizer = _load(work / "smol", torch.float32)
-    mini.add_lora(model, _adapter(work, "contrast"))
-    tokenizer.add_special_tokens({"additional_special_tokens": [mini.IMAGE_TOKEN]})
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _saved(model, tokenizer, work / "smol-safe")
+    _save_safe(work, "contrast", work / "smol-safe")
     start = {f"projector.{k}": v for k, v in load_file(work / "warm.safetensors").items()}
     _train_visual(
-        work, "visual", start, visual.FIRST_MIX, ("wider",), steps=VISUAL_STEPS, lr=VISUAL_LR
+        work,
+        "visual",
+        "smol-safe",
+        start,
+        visual.FIRST_MIX,
+        begun=("wider",),
+        steps=VISUAL_STEPS,
+        lr=VISUAL_LR,
     )
 
 
 def settle(work: Path) -> None:
-    """Go on with fewer refusals among the texts and more wordings, at a low learning rate."""
+    """Go on with fewer refusals among the texts and with objects named apart from the request."""
     start = load_file(work / "visual.safetensors")
     _train_visual(
         work,
         "settled",
+        "smol-pointing",
         start,
         visual.LAST_MIX,
-        tuple(PLANS),
+        begun=tuple(PLANS),
         steps=SETTLE_STEPS,
         lr=SETTLE_LR,
+        apart_share=APART_SHARE,
     )
 
 
 def _train_visual(
     work: Path,
     name: str,
+    base: str,
     start: dict[str, Tensor],
     mix: visual.Mix,
-    begun: tuple[str, ...],
     *,
+    begun: tuple[str, ...],
     steps: int,
     lr: float,
+    apart_share: float = 0.0,
 ) -> None:
     torch.manual_seed(SEED)
-    model, tokenizer = _load(work / "smol-safe", torch.bfloat16)
+    model, tokenizer = _load(work / base, torch.bfloat16)
     projector = _projector(model)
     adapted, parameters = _with_lora(model)
     parameters |= {f"projector.{key}": value for key, value in projector.named_parameters()}
     _copy_into({key: parameters[key] for key in start}, start)
-    texts = [
-        sample
-        for file in begun
-        for sample in contrast_stage.build_contrast_samples(
-            work / f"{file}.jsonl", work / "answers.jsonl", tokenizer, SEED, PLANS[file]
-        )
-    ]
+    texts = _text_samples(work, tokenizer, begun, apart_share)
     files = [work / "answers.jsonl", *(work / f"{file}.jsonl" for file in begun)]
     instructions = visual.instruction_rows(files, tokenizer)
     mixture = visual.VisualMixture(_drawings(work), texts, instructions, mix)
@@ -237,7 +292,7 @@ def package(work: Path) -> None:
     projector = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
     lora = {k: v for k, v in trained.items() if not k.startswith(prefix)}
     parts = {
-        "text_safety": _adapter(work, "contrast"),
+        "text_safety": _adapter(work, "pointing"),
         "visual_instruction": ship.plain_adapter(lora, ALPHA / RANK),
         "projector": projector,
         "vision_tower": load_file(work / "tower.safetensors"),
@@ -256,6 +311,7 @@ STAGES: tuple[tuple[Callable[[Path], None], str], ...] = (
     (contrast, "contrast.safetensors"),
     (warm, "warm.safetensors"),
     (instruct, "visual.safetensors"),
+    (pointing, "pointing.safetensors"),
     (settle, "settled.safetensors"),
     (package, ""),
 )

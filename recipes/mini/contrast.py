@@ -197,6 +197,27 @@ PLAIN_ACTIONS = (
     "stop {} from falling",
 )  # fmt: skip
 
+CONTEXTS = (
+    "This is {}.",
+    "Here is {}.",
+    "Look at {}.",
+    "I have {} here.",
+    "On the table lies {}.",
+    "Think of {}.",
+    "Topic: {}.",
+    "In front of me is {}.",
+    "My friend showed me {}.",
+    "The next question is about {}.",
+    "You see {}.",
+    "Yesterday I read about {}.",
+    "The word is: {}.",
+    "Imagine {}.",
+    "In my hand: {}.",
+    "A drawing shows {}.",
+)
+"""Sentences that name an object before a request points at it; the picture's place, in text."""
+POINTERS = ("this", "this", "this", "it")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -271,19 +292,43 @@ def build_openings(
             print(f"{out.stem} {min(start + BATCH, len(rows))}/{len(rows)}", flush=True)
 
 
+def apart(concept: Concept, wording: str, rng: random.Random) -> str:
+    """Return a request that points at an object named in the sentence before it."""
+    context = rng.choice(CONTEXTS).format(concept.phrase)
+    return context + rng.choice("\n ") + wording.format(rng.choice(POINTERS))
+
+
 def build_contrast_samples(
-    openings: Path, answers: Path, tokenizer: PreTrainedTokenizerBase, seed: int, plan: Plan
+    openings: Path,
+    answers: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    plan: Plan,
+    *,
+    apart_share: float = 0.0,
 ) -> list[TextSample]:
-    """Return refusals and own openings in the same wordings, and a share of neutral ones."""
+    """Return refusals and own openings in the same wordings, and a share of neutral ones.
+
+    Args:
+        openings: The model's own openings for benign requests, by request.
+        answers: The model's own answers, for the neutral ones.
+        tokenizer: Cuts the answers.
+        seed: Seed of every choice.
+        plan: Which wordings each concept gets.
+        apart_share: Share of the requests that name their object in a sentence of its own and
+            then point at it, as a request beside a picture does.
+    """
     rng = random.Random(seed + plan.seed + 1)
     begun = {row["prompt"]: row["answer"] for row in load_answers(openings)}
     samples = []
     for concept, wording in contrast_requests(seed, plan):
-        text = wording.format(concept.phrase)
+        text = asked = wording.format(concept.phrase)
+        if rng.random() < apart_share:
+            asked = apart(concept, wording, rng)
         if concept.is_harmful:
-            samples.append(TextSample(turn(text), rng.choice(REFUSALS) + END, "refuse"))
+            samples.append(TextSample(turn(asked), rng.choice(REFUSALS) + END, "refuse"))
         elif text in begun:
-            samples.append(TextSample(turn(text), begun[text], "benign"))
+            samples.append(TextSample(turn(asked), begun[text], "benign"))
     for row in load_answers(answers):
         is_general = row["request"].startswith("general")
         share = 1.0 if is_general else NEUTRAL_SHARE * row["request"].startswith("neutral")

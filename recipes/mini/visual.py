@@ -40,7 +40,7 @@ class Mix:
 
 FIRST_MIX = Mix((0.25, 0.4), (0.3, 0.5))
 """At first the new adapter has to learn to see."""
-LAST_MIX = Mix((0.45, 0.35), (0.45, 0.35), first_epoch=100)
+LAST_MIX = Mix((0.5, 0.33), (0.5, 0.33), first_epoch=100)
 """At the end most texts are answered, so that a refusal needs more than a suspicious wording."""
 
 
