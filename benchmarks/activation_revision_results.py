@@ -58,8 +58,8 @@ SCOPES: Final = ("decode_only", "all", "image", "text", "last_k")
 PAPER_BEST: Final = "head-mr-mms"
 SPACES: Final[dict[str, dict[str, list[Any]]]] = {
     # Shares of the sites; the numbers follow from the model.
-    "head": {"top_k": [48 / 1024, 0.1, 0.25], "alpha": [2.0, 5.0, 10.0, 20.0]},
-    "layer": {"top_k": [0.04, 0.2, 0.5], "alpha": [0.1, 0.2, 0.4, 0.8]},
+    "head": {"top_k": [48 / 1024, 0.1, 0.25], "alpha": [0.5, 1.0, 2.0, 5.0]},
+    "layer": {"top_k": [0.04, 0.2, 0.5], "alpha": [0.05, 0.1, 0.2, 0.4]},
 }
 
 

@@ -22,6 +22,7 @@ from cells import describe_command, digest, write
 
 from safebridge.data.files import load_samples as load_file
 from safebridge.data.files import save_samples
+from safebridge.data.looks import draw_looks
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.separability import measure_separability
 from safebridge.data.triad import build_triad, draw_evenly, find_own_refusal, match_benign
@@ -178,10 +179,14 @@ class Laboratory:
             own = find_own_refusal(self._own_answers(asked, 20), _is_refusal)
             if own is None:
                 raise SystemExit("the model refuses none of its text requests: nothing to transfer")
+            sets = {
+                "harmful": harmful,
+                "twins": match_benign(harmful, benign, sizes.fit_harmful, seed=seed),
+                "general": load_samples("general", "fit", limit=sizes.fit_general, seed=seed),
+            }
+            looks = self.work / f"looks-{seed}"
             triad = build_triad(
-                harmful,
-                match_benign(harmful, benign, sizes.fit_harmful, seed=seed),
-                load_samples("general", "fit", limit=sizes.fit_general, seed=seed),
+                *(draw_looks(each, looks / name, seed=seed) for name, each in sets.items()),
                 answer=self._own_answers,
                 is_refusal=_is_refusal,
                 seed=seed,

@@ -57,6 +57,16 @@ def test_pictures_can_be_written_anew_in_one_size(pictures: Path, tmp_path: Path
     assert "out" in str(samples[0].images[0])
 
 
+def test_every_question_can_have_a_look_of_its_own(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert build(pictures, out, "--per-picture", "2", "--looks") == 0
+    samples = load_samples(out / "triad.jsonl")
+    files = [path for sample in samples for path in sample.images]
+    assert len(set(files)) == len(files) == 30
+    assert {path.parent.parent for path in files} == {out / "looks"}
+    assert all(open_images(sample)[0].size == (32, 32) for sample in samples)
+
+
 def test_questions_can_be_ones_own(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("Where do I put this?\n\n", encoding="utf-8")
     (tmp_path / "g.txt").write_text("What colour is it?\n", encoding="utf-8")

@@ -48,6 +48,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "wording alone and picture quality alone tell SA from TCB; one half is chance.",
     )
     _add_sources(parser)
+    parser.add_argument(
+        "--looks",
+        action="store_true",
+        help="show every question another look of its picture: mirrored, turned, moved, "
+        "recoloured; so that a fit learns what few pictures show and not the pictures",
+    )
     _add_sizes(parser)
     parser.set_defaults(run=run)
 
@@ -136,19 +142,16 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     vlm = load_vlm(arguments.model)
+    sets = (asked.harmful, asked.benign, asked.general)
     triad = build_triad(
-        asked.harmful,
-        asked.benign,
-        asked.general,
+        *(_draw_looks(sets, arguments) if arguments.looks else sets),
         answer=lambda samples: _answer(vlm, samples, arguments),
         is_refusal=lambda text: score_refusal(text).is_refusal,
         seed=arguments.seed,
     )
-    sets = {
-        name: [sample for sample in triad.samples if sample.set_name == name]
-        for name in ("SA", "TCB")
-    }
-    separability = measure_separability(sets["SA"], sets["TCB"])
+    separability = measure_separability(
+        *([s for s in triad.samples if s.set_name == name] for name in ("SA", "TCB"))
+    )
     report = {
         "model": {"name": vlm.name, "revision": vlm.revision, "fingerprint": vlm.fingerprint},
         "counts": dict(triad.report.counts),
@@ -167,13 +170,25 @@ def _check_out(out: Path) -> None:
     """Make the folder, and refuse to mix its files with others."""
     if out.is_dir():
         others = sorted({path.name for path in out.iterdir()}
-                        - {_SAMPLES_NAME, _REPORT_NAME, "pictures"})  # fmt: skip
+                        - {_SAMPLES_NAME, _REPORT_NAME, "pictures", "looks"})  # fmt: skip
         if others:
             raise DataError(
                 f"folder {out} holds other files ({', '.join(others[:3])}). Choose a folder of its "
                 "own for the triad."
             )
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _draw_looks(
+    sets: "Sequence[Sequence[Sample]]", arguments: argparse.Namespace
+) -> "list[list[Sample]]":
+    from safebridge.data.looks import draw_looks  # noqa: PLC0415 - as in run
+
+    folder = arguments.out / "looks"
+    return [
+        draw_looks(samples, folder / name, seed=arguments.seed)
+        for name, samples in zip(("SA", "TCB", "GB"), sets, strict=True)
+    ]
 
 
 def _read_pictures(arguments: argparse.Namespace) -> "list[LabelledPicture]":

@@ -1,6 +1,7 @@
 """The main job in one file: measure the gap, close it, measure again, write it all down."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from safebridge.analysis.curves import LayerCurve
 from safebridge.analysis.safety_layers import measure_angular_gap
 from safebridge.analysis.states import capture_states
 from safebridge.data import twins as shipped_twins
+from safebridge.data.looks import draw_looks
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.source import TwinSource
 from safebridge.data.triad import Triad, build_triad, find_own_refusal
@@ -70,8 +72,9 @@ def run_demo(
             base = measure_answers(
                 vlm, plan, source, config, log_dir=folder / "logs" / "base", progress=step
             )
-        triad = _build_triad(vlm, plan, config, phases)
-        method = _fit(vlm, triad, config, phases)
+        with tempfile.TemporaryDirectory(prefix="safebridge-looks-") as looks:
+            triad = _build_triad(vlm, plan, config, phases, looks=Path(looks))
+            method = _fit(vlm, triad, config, phases)
         with (
             phases.phase("measure_defended", "measuring the defended model", count) as step,
             method.apply(vlm),
@@ -97,8 +100,11 @@ def run_demo(
     return summary
 
 
-def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases) -> Triad:
-    """Give harmful requests refusals, and harmless ones the model's own answers."""
+def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases, *, looks: Path) -> Triad:
+    """Give harmful requests refusals, and harmless ones the model's own answers.
+
+    Each request gets another look of its picture, written to the folder `looks`.
+    """
     total = len(plan.twins) + len(plan.general) + len(plan.texts)
     with phases.phase("build_triad", "asking for the model's own answers", total) as step:
 
@@ -115,11 +121,19 @@ def _build_triad(vlm: VLM, plan: Plan, config: DemoConfig, phases: Phases) -> Tr
         def is_refusal(text: str) -> bool:
             return score_refusal(text).is_refusal
 
+        harmful, twins, general = (
+            draw_looks(samples, looks / name, seed=config.seed)
+            for name, samples in (
+                ("harmful", plan.harmful),
+                ("twins", plan.twins),
+                ("general", plan.general),
+            )
+        )
         own = find_own_refusal(answer(plan.texts, config.max_new_tokens), is_refusal)
         return build_triad(
-            plan.harmful,
-            plan.twins,
-            plan.general,
+            harmful,
+            twins,
+            general,
             answer=answer,
             is_refusal=is_refusal,
             seed=config.seed,
