@@ -56,6 +56,13 @@ METRICS: Final = ("attack_success_rate", "over_refusal_rate", "utility", "perple
 GROUPS: Final = (5, 10, 20, 50, 100, 200, 500)
 SCOPES: Final = ("decode_only", "all", "image", "text", "last_k")
 PAPER_BEST: Final = "head-mr-mms"
+GATE_FACTOR: Final = 4
+"""How many times more groups a gated variant gets: its gate has to know harm when it sees it."""
+STUDY_NOTE: Final = (
+    "What follows was measured with the setting `clearest`: of all trials on the validation split "
+    "the one with the fewest successful attacks and false refusals taken together, whatever the "
+    "budget. Within the budget the revision is too weak to study."
+)
 SPACES: Final[dict[str, dict[str, list[Any]]]] = {
     # Shares of the sites; the numbers follow from the model.
     "head": {"top_k": [48 / 1024, 0.1, 0.25], "alpha": [0.5, 1.0, 2.0, 5.0]},
@@ -219,7 +226,11 @@ class Laboratory:
         return Activations(found.ids, found.layers, {place: found.tensors[place]})
 
     def choose(self, variant: Variant, seed: int, source: Source) -> dict[str, Any]:
-        """Return strength and number of sites, chosen on the validation split."""
+        """Return strength and number of sites, chosen on the validation split.
+
+        "settings" keep the budget. "clearest" tell harmful from harmless requests best, budget or
+        not: studies need a revision that does something.
+        """
         path = self.work / f"choice-{variant.name}-{digest(asdict(source))}.json"
         if not path.is_file():
             method = self.fit(variant, seed, source)
@@ -238,7 +249,15 @@ class Laboratory:
             )
             # Without a trial within the budget the gentlest one stands in, and the page says so.
             best = result.best or min(result.trials, key=lambda t: t.settings["alpha"])
-            choice = {"settings": dict(best.settings), "is_within_budget": result.best is not None}
+            clearest = max(
+                result.trials,
+                key=lambda t: -t.measured.attack_success_rate - t.measured.over_refusal_rate,
+            )
+            choice = {
+                "settings": dict(best.settings),
+                "is_within_budget": result.best is not None,
+                "clearest": dict(clearest.settings),
+            }
             write(path, json.dumps(choice))
         found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         return found
@@ -345,24 +364,28 @@ def run(
     found: Found = {("base", "full"): [lab.measure(None)]}
     full, broken = Source(lab.sizes.groups), []
     for variant in [v for v in (*TWELVE, *MORE) if not names or v.name in names]:
-        choice = lab.choose(variant, seeds[0], full)
+        source = replace(full, groups=GATE_FACTOR * full.groups) if variant.is_gated else full
+        choice = lab.choose(variant, seeds[0], source)
         if not choice["is_within_budget"]:
             broken.append(variant.name)
-        methods = [lab.fit(variant, seed, full).select(**choice["settings"]) for seed in seeds]
+        methods = [lab.fit(variant, seed, source).select(**choice["settings"]) for seed in seeds]
         methods[0].save(lab.work / f"chosen-{variant.name}")
         found[variant.name, "full"] = [lab.measure(method) for method in methods]
     if not has_studies:
         return found, broken
     best = next(v for v in TWELVE if v.name == PAPER_BEST)
     if not names or best.name in names:
-        chosen = lab.choose(best, seeds[0], full)["settings"]
+        chosen = lab.choose(best, seeds[0], full)["clearest"]
+        found[best.name, "clearest"] = [
+            lab.measure(lab.fit(best, seed, full).select(**chosen)) for seed in seeds
+        ]
         for setting, methods, medium in studies(lab, best, chosen, seeds):
             found[best.name, setting] = [lab.measure(m, medium=medium) for m in methods]
         found["base", "medium=text"] = [lab.measure(None, medium="text")]
     if not names:
         paired = replace(full, is_paired=True)
         for variant in (Variant("head", "mi", "mms"), Variant("layer", "mi", "mms")):
-            settings = lab.choose(variant, seeds[0], paired)["settings"]
+            settings = lab.choose(variant, seeds[0], paired)["clearest"]
             found[variant.name, "pairs"] = [
                 lab.measure(lab.fit(variant, seed, paired).select(**settings)) for seed in seeds
             ]
@@ -453,10 +476,18 @@ def build_page(records: Sequence[dict[str, Any]], facts: Mapping[str, Any]) -> s
         "",
         *goal_lines(value, full, facts["broken"]),
     ]
+    if (PAPER_BEST, "clearest") in settings:
+        lines += ["", STUDY_NOTE]
     for title, starts in prefixes.items():
         keys = [key for key in settings if key[1].startswith(starts)]
         if keys:
-            lines += ["", f"## {title}", "", *table(value, [("base", "full"), *keys])]
+            shown = [("base", "full"), (PAPER_BEST, "clearest"), *keys]
+            lines += [
+                "",
+                f"## {title}",
+                "",
+                *table(value, [key for key in shown if key in settings]),
+            ]
     categories = [key for key in settings if key[1].startswith("category=")]
     if categories:
         lines += ["", "## From one category to the others", "", *category_table(value, categories)]
@@ -468,10 +499,11 @@ def made_by(facts: Mapping[str, Any]) -> str:
     return (
         f"Made by `{facts['command']}` on {facts['model']} (fingerprint "
         f"{facts['fingerprint'][:8]}), seeds {', '.join(map(str, facts['seeds']))}, "
-        f"{facts['groups']} groups, split `{facts['split']}`: drawing styles and wordings that "
-        "took no part in the fit. Strength and number of sites were chosen on the validation "
-        "split. Greedy answers, judged by rules whose error stands in [the judges' page]"
-        "(../judges.md). Intervals are 95 %, with answers about one thing taken as one cluster."
+        f"{facts['groups']} groups ({GATE_FACTOR} times as many with a gate), split "
+        f"`{facts['split']}`: drawing styles and wordings that took no part in the fit. "
+        "Strength and number of sites were chosen on the validation split. Greedy answers, "
+        "judged by rules whose error stands in [the judges' page](../judges.md). Intervals are "
+        "95 %, with answers about one thing taken as one cluster."
     )
 
 

@@ -51,7 +51,8 @@ FULL: Final = SecurityTensorsConfig(
     batch_size=16,
     epochs=5,
     patience=5,
-    max_answer_tokens=2,
+    max_answer_tokens=4,
+    weight_tcb=3.0,
 )
 """The textual part was tried on the validation split; the visual step size and start are not chosen
 yet. What is not said here is the default."""

@@ -46,10 +46,14 @@ class DemoConfig:
     fit_general: int = 100
     """General picture requests, with the model's own answers (GB)."""
 
+    fit_twin_weight: float = 3.0
+    """Weight of the harmless twins in the fit's loss, beside 1 of the harmful ones; more of it
+    costs refusals and saves false ones."""
+
     fit_texts: int = 32
     """Harmful requests in text; the model's own most frequent refusal of them is what SA learns."""
 
-    fit_answer_tokens: int = 2
+    fit_answer_tokens: int = 4
     """First tokens of each answer that the fit learns from; they decide whether it refuses."""
 
     virtual_tokens: int = 8

@@ -151,6 +151,7 @@ def _fit(vlm: VLM, triad: Triad, config: DemoConfig, phases: Phases) -> Security
         batch_size=config.fit_batch_size,
         learning_rate=config.learning_rate,
         max_answer_tokens=config.fit_answer_tokens,
+        weight_tcb=config.fit_twin_weight,
         seed=config.seed,
     )
     steps = config.epochs * -(-len(triad.samples) // config.fit_batch_size)
