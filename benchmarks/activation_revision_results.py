@@ -269,7 +269,9 @@ class Laboratory:
         split = split or self.split
         key = "base"
         if method is not None:
-            key = digest([method.config.to_dict(), method.metadata.details["samples_sha256"]])
+            details = method.metadata.details
+            gate = [details["gate"]] if "gate" in details else []
+            key = digest([method.config.to_dict(), details["samples_sha256"], *gate])
         path = self.work / f"measure-{split}-{medium}-{key}.json"
         if not path.is_file():
             with nullcontext() if method is None else method.apply(self.vlm):

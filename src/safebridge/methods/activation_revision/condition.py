@@ -66,7 +66,7 @@ def fit_condition(
 
     bad, good, held_out = states(harmful), states(harmless[:half]), states(harmless[half:])
     index = (
-        _find_best_layer(bad, good, config.seed)
+        _find_best_layer((bad, harmful), (good, harmless[:half]), config.seed)
         if config.gate_layer == -1
         else layers.index(vlm.layout.layer_index(config.gate_layer))
     )
@@ -86,20 +86,35 @@ def fit_condition(
     return tensors, {"layer": gate.layer, "bias": gate.bias}
 
 
-def _find_best_layer(bad: Tensor, good: Tensor, seed: int) -> int:
-    """Return the layer whose probe, fitted on three quarters, is best on the last one."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for states in (bad, good):
-        order = torch.randperm(len(states), generator=generator)
-        cut = max(1, len(states) // 4)
-        parts.append((states[order[cut:]], states[order[:cut]]))
-    (fit_bad, test_bad), (fit_good, test_good) = parts
-    is_bad = torch.arange(len(fit_bad) + len(fit_good)) < len(fit_bad)
-    probes = fit_probes(torch.cat([fit_bad, fit_good]), is_bad)
-    is_bad = torch.arange(len(test_bad) + len(test_good)) < len(test_bad)
-    scores = measure_probes(probes, torch.cat([test_bad, test_good]), is_bad)
+def _find_best_layer(
+    bad: tuple[Tensor, Sequence[Sample]], good: tuple[Tensor, Sequence[Sample]], seed: int
+) -> int:
+    """Return the layer whose probe, fitted on three quarters of the things, is best on the rest.
+
+    A thing that stands on both sides would favour layers that know the picture again.
+    """
+    fit_parts, test_parts = zip(
+        *(_split_things(states, samples, seed) for states, samples in (bad, good)), strict=True
+    )
+    probes = fit_probes(torch.cat(fit_parts), _is_first(*fit_parts))
+    scores = measure_probes(probes, torch.cat(test_parts), _is_first(*test_parts))
     return int(rank_sites(*scores)[0])
+
+
+def _split_things(states: Tensor, samples: Sequence[Sample], seed: int) -> tuple[Tensor, Tensor]:
+    """Split states so that no thing, or where it is not known no sample, is on both sides."""
+    names = [sample.concept or sample.id for sample in samples]
+    things = sorted(set(names))
+    if len(things) < _FEWEST:
+        names = [sample.id for sample in samples]
+        things = sorted(set(names))
+    held_out = set(random.Random(seed).sample(things, max(1, len(things) // 4)))
+    is_held_out = torch.tensor([name in held_out for name in names])
+    return states[~is_held_out], states[is_held_out]
+
+
+def _is_first(first: Tensor, second: Tensor) -> Tensor:
+    return torch.arange(len(first) + len(second)) < len(first)
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:

@@ -90,8 +90,8 @@ class ActivationRevisionConfig:
     whose prompt state looks harmful). Needs benign samples to fit."""
 
     gate_layer: int = -1
-    """Decoder layer that the gate reads, from 0; -1 takes the one whose probe tells harmful and
-    benign prompts of the held-out groups apart best."""
+    """Decoder layer that the gate reads, from 0; -1 takes the one whose probe best tells
+    harmful from benign prompts about things that it was not fitted on."""
 
     gate_false_alarm_rate: float = 0.02
     """Share of benign prompts that may open the gate, in (0, 1)."""

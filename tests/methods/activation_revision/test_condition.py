@@ -1,0 +1,28 @@
+import torch
+
+from safebridge.data.sample import Sample
+from safebridge.methods.activation_revision.condition import _find_best_layer
+
+
+def states_of(things: list[int], *, is_bad: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(is_bad))
+    knows_thing = 10 * torch.nn.functional.one_hot(torch.tensor(things), 24).float()
+    knows_harm = torch.randn(len(things), 24, generator=generator)
+    knows_harm[:, 0] += 2.0 if is_bad else -2.0
+    return torch.stack([knows_thing, knows_harm], dim=1)
+
+
+def test_a_layer_that_knows_the_things_again_is_not_taken_for_one_that_knows_harm() -> None:
+    bad, good = [i for i in range(12) for _ in range(8)], list(range(12, 24)) * 8
+    sides = [
+        (
+            states_of(part, is_bad=is_bad),
+            [Sample(str(i), "?", concept=str(thing)) for i, thing in enumerate(part)],
+        )
+        for part, is_bad in ((bad, True), (good, False))
+    ]
+    assert [_find_best_layer(*sides, seed) for seed in range(5)] == [1] * 5
+    nameless = [
+        (states, [Sample(sample.id, "?") for sample in samples]) for states, samples in sides
+    ]
+    assert _find_best_layer(*nameless, 0) == 0
