@@ -333,13 +333,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="tokens of one generation")
     parser.add_argument("--samples", type=int, default=512, help="prompts of a capture or probe")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the weights; captures in other batches agree to tolerance in float32 only",
+    )
     parser.add_argument("--sklearn-heads", type=int, default=24, help="heads fitted one by one")
     parser.add_argument("--aisteer360", type=Path, metavar="FOLDER", help="a checkout of it")
     parser.add_argument("--aisteer360-version", default="unknown", metavar="COMMIT")
     options = parser.parse_args()
     if options.aisteer360 is not None:
         sys.path.insert(0, str(options.aisteer360))
-    vlm = load_vlm(options.model)
+    vlm = load_vlm(options.model, dtype=options.dtype)
     for name in options.only or MEASURES:
         measure, module = MEASURES[name]
         if module is not None and find_spec(module) is None:
