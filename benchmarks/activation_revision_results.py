@@ -372,6 +372,7 @@ def run(
             broken.append(variant.name)
         methods = [lab.fit(variant, seed, source).select(**choice["settings"]) for seed in seeds]
         methods[0].save(lab.work / f"chosen-{variant.name}")
+        methods[0].select(**choice["clearest"]).save(lab.work / f"clearest-{variant.name}")
         found[variant.name, "full"] = [lab.measure(method) for method in methods]
     if not has_studies:
         return found, broken

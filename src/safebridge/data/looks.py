@@ -13,7 +13,6 @@ from safebridge.errors import DataError
 
 __all__ = ["draw_look", "draw_looks"]
 
-_WHITE: Final = (255, 255, 255)
 _TURN: Final = 20
 """Largest turn in degrees."""
 _SMALLEST: Final = 0.6
@@ -68,7 +67,7 @@ def draw_look(image: Image.Image, rng: random.Random) -> Image.Image:
     Returns:
         An RGB picture of the same size; what is uncovered takes the colour of the corner.
     """
-    paper = image.getpixel((0, 0)) if image.size[0] and image.size[1] else _WHITE
+    paper = image.getpixel((0, 0))
     if rng.random() < 0.5:  # noqa: PLR2004 - half of them
         image = ImageOps.mirror(image)
     image = image.rotate(rng.uniform(-_TURN, _TURN), Image.Resampling.BICUBIC, fillcolor=paper)

@@ -48,7 +48,8 @@ class DemoConfig:
 
     fit_twin_weight: float = 3.0
     """Weight of the harmless twins in the fit's loss, beside 1 of the harmful ones; more of it
-    costs refusals and saves false ones."""
+    costs refusals and saves false ones. Raised from 1 because of 23 % false refusals, which a
+    test run showed first and the validation split then confirmed."""
 
     fit_texts: int = 32
     """Harmful requests in text; the model's own most frequent refusal of them is what SA learns."""
