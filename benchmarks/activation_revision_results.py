@@ -1,6 +1,6 @@
 """Fit activation revisions in all variants, measure them on held-out data, write the results page.
 
-    python benchmarks/activation_revision_results.py [--work DIR] [--seeds 0 1 2]
+    python benchmarks/activation_revision_results.py [--work DIR] [--seeds 0 1 2] [--study-seeds 0]
 
 Writes docs/results/activation-revision.md and its JSON twin. Every fit and every measurement is a
 file of its own in the work folder, written when it is done, so a run that was stopped goes on. The
@@ -8,7 +8,8 @@ vectors are fitted on the fit split (seen categories), strength and number of si
 the validation split under the budget (at most 2 points more over-refusal, at most 1 point less
 utility), and what is reported is the test split: other drawing styles, other templates, and for
 "unseen" other categories. `--split validation` reports the validation split instead, which never
-goes into docs/. About three hours on two cores.
+goes into docs/. The variants are fitted with every seed, the studies with those of `--study-seeds`.
+About three hours on two cores.
 
 attack_success_rate is the share of harmful picture requests that are not refused, over_refusal_rate
 the share of harmless ones of the same wording that are, utility the share of pictures that are
@@ -360,9 +361,12 @@ def summarise(cells: Cells, metric: str, keep: Callable[[list[Any]], bool]) -> R
 
 
 def run(
-    lab: Laboratory, seeds: Sequence[int], names: Sequence[str], *, has_studies: bool
+    lab: Laboratory, seeds: Sequence[int], names: Sequence[str], study_seeds: Sequence[int]
 ) -> tuple[Found, list[str]]:
-    """Measure everything; return outcomes by variant and setting, and what broke the budget."""
+    """Measure everything; return outcomes by variant and setting, and what broke the budget.
+
+    Without `study_seeds` there are no studies.
+    """
     found: Found = {("base", "full"): [lab.measure(None)]}
     full, broken = Source(lab.sizes.groups), []
     for variant in [v for v in (*TWELVE, *MORE) if not names or v.name in names]:
@@ -374,15 +378,15 @@ def run(
         methods[0].save(lab.work / f"chosen-{variant.name}")
         methods[0].select(**choice["clearest"]).save(lab.work / f"clearest-{variant.name}")
         found[variant.name, "full"] = [lab.measure(method) for method in methods]
-    if not has_studies:
+    if not study_seeds:
         return found, broken
     best = next(v for v in TWELVE if v.name == PAPER_BEST)
     if not names or best.name in names:
         chosen = lab.choose(best, seeds[0], full)["clearest"]
         found[best.name, "clearest"] = [
-            lab.measure(lab.fit(best, seed, full).select(**chosen)) for seed in seeds
+            lab.measure(lab.fit(best, seed, full).select(**chosen)) for seed in study_seeds
         ]
-        for setting, methods, medium in studies(lab, best, chosen, seeds):
+        for setting, methods, medium in studies(lab, best, chosen, study_seeds):
             found[best.name, setting] = [lab.measure(m, medium=medium) for m in methods]
         found["base", "medium=text"] = [lab.measure(None, medium="text")]
     if not names:
@@ -390,7 +394,8 @@ def run(
         for variant in (Variant("head", "mi", "mms"), Variant("layer", "mi", "mms")):
             settings = lab.choose(variant, seeds[0], paired)["clearest"]
             found[variant.name, "pairs"] = [
-                lab.measure(lab.fit(variant, seed, paired).select(**settings)) for seed in seeds
+                lab.measure(lab.fit(variant, seed, paired).select(**settings))
+                for seed in study_seeds
             ]
     return found, broken
 
@@ -436,9 +441,12 @@ def parts_of(setting: str) -> dict[str, Callable[[list[Any]], bool]]:
     return parts
 
 
-def build_records(found: Found, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+def build_records(
+    found: Found, seeds: Sequence[int], study_seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """Yield the records of the JSON twin."""
     for (variant, setting), cells in found.items():
+        own = seeds if setting == "full" else study_seeds
         for metric in METRICS:
             parts = parts_of(setting) if metric == METRICS[0] else {"all": lambda _: True}
             for part, keep in parts.items():
@@ -450,7 +458,7 @@ def build_records(found: Found, seeds: Sequence[int]) -> Iterator[dict[str, Any]
                         "metric": metric,
                         "split": part,
                         **rate.to_json(),
-                        "seeds": [] if variant == "base" else list(seeds),
+                        "seeds": [] if variant == "base" else list(own),
                     }
 
 
@@ -501,10 +509,11 @@ def made_by(facts: Mapping[str, Any]) -> str:
     """Return how the numbers came about."""
     return (
         f"Made by `{facts['command']}` on {facts['model']} (fingerprint "
-        f"{facts['fingerprint'][:8]}), seeds {', '.join(map(str, facts['seeds']))}, "
-        f"{facts['groups']} groups ({GATE_FACTOR} times as many with a gate), split "
-        f"`{facts['split']}`: drawing styles and wordings that took no part in the fit. "
-        "Strength and number of sites were chosen on the validation split. Greedy answers, "
+        f"{facts['fingerprint'][:8]}), seeds {', '.join(map(str, facts['seeds']))} (studies: "
+        f"{', '.join(map(str, facts['study_seeds'])) or 'none'}), {facts['groups']} groups "
+        f"({GATE_FACTOR} times as many with a gate), split `{facts['split']}`: drawing styles "
+        "and wordings that took no part in the fit. Strength and number of sites were chosen on "
+        "the validation split. Greedy answers, "
         "judged by rules whose error stands in [the judges' page](../judges.md). Intervals are "
         "95 %, with answers about one thing taken as one cluster."
     )
@@ -585,6 +594,7 @@ def main() -> None:
     parser.add_argument("--model", default="safebridge/mini")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "activation-revision")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--study-seeds", type=int, nargs="+", default=[], help="default: --seeds")
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--groups", type=int, default=100)
     parser.add_argument("--validation", type=int, default=40, help="samples of each kind")
@@ -597,15 +607,15 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Sizes(options.groups, options.validation, options.test, options.answer_tokens)
     lab = Laboratory(options.model, options.work, sizes, options.split)
-    found, broken = run(
-        lab, options.seeds, options.variants, has_studies=not options.without_studies
-    )
-    records = list(build_records(found, options.seeds))
+    study_seeds = [] if options.without_studies else options.study_seeds or options.seeds
+    found, broken = run(lab, options.seeds, options.variants, study_seeds)
+    records = list(build_records(found, options.seeds, study_seeds))
     facts = {
         "command": describe_command(leave_out=("--work", "--out")),
         "model": options.model,
         "fingerprint": lab.vlm.fingerprint,
         "seeds": options.seeds,
+        "study_seeds": study_seeds,
         "groups": options.groups,
         "split": options.split,
         "broken": broken,

@@ -1,13 +1,14 @@
 """Fit security tensors in all variants, measure them on held-out data, and write the results page.
 
-    python benchmarks/security_tensors_results.py [--work DIR] [--seeds 0 1 2]
+    python benchmarks/security_tensors_results.py [--work DIR] [--seeds 0 1 2] [--study-seeds 0]
 
 Writes docs/results/security-tensors.md and its JSON twin. Every fit and every measurement is a cell
 of its own in the work folder, written when it is done, so a run that was stopped goes on; cells
 with the same settings are computed once. The tensor is fitted on the fit split, the best epoch is
 chosen on the validation split, and what is reported is the test split: other drawing styles, other
 templates, and for "unseen" other categories. `--split validation` measures the validation split
-instead, for choosing settings; it never goes into docs/. About 5 minutes a cell on two cores.
+instead, for choosing settings; it never goes into docs/. The three variants are fitted with every
+seed, the studies with those of `--study-seeds`. About 5 minutes a cell on two cores.
 """
 
 import argparse
@@ -60,6 +61,7 @@ yet. What is not said here is the default."""
 LENGTHS: Final = (1, 4, 10, 30, 100, 300)
 SIZES: Final = (50, 100, 200)
 VARIANTS: Final = ("textual", "visual", "both")
+FULL_NAME: Final = "full"
 METRICS: Final = (
     ("harmless_rate", "seen"),
     ("harmless_rate", "unseen"),
@@ -98,10 +100,20 @@ class Setting:
     share: float = 1.0
     """Share of the fit samples."""
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name in the results."""
+        return self.variant, self.name
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it tries something besides the variant itself."""
+        return self.name != FULL_NAME
+
 
 def settings(sizes: Sizes) -> list[Setting]:
     """Return every row but the base model's."""
-    rows = [Setting(name, "full", replace(FULL, modality=name)) for name in VARIANTS]
+    rows = [Setting(name, FULL_NAME, replace(FULL, modality=name)) for name in VARIANTS]
     rows += [replace(row, name="no_tcb", has_tcb=False) for row in rows]
     both = replace(FULL, modality="both")
     rows += [
@@ -289,10 +301,10 @@ def compared(
 def build_records(
     base: Mapping[str, Any],
     found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    seeds: Sequence[int],
+    seeds: Mapping[tuple[str, str], Sequence[int]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of the JSON twin."""
-    rows = {("base", "full"): [base], **found}
+    rows = {("base", FULL_NAME): [base], **found}
     for (variant, setting), cells in rows.items():
         for metric, part in METRICS:
             rate = pooled(cells, metric, part)
@@ -302,7 +314,7 @@ def build_records(
                 "metric": metric,
                 "split": part,
                 **rate.to_json(),
-                "seeds": [] if variant == "base" else list(seeds),
+                "seeds": list(seeds.get((variant, setting), ())),
             }
 
 
@@ -312,14 +324,14 @@ def build_page(
     facts: Mapping[str, Any],
 ) -> str:
     """Return the results page as Markdown."""
-    orders = [("both", name) for name in ("full", "textual_first", "visual_first")]
+    orders = [("both", name) for name in (FULL_NAME, "textual_first", "visual_first")]
     sizes = [key for key in found if key[1].startswith("samples=")]
     bare = [(name, row) for name in VARIANTS if (name, "no_tcb") in found
-            for row in ("full", "no_tcb")]  # fmt: skip
+            for row in (FULL_NAME, "no_tcb")]  # fmt: skip
     parts = {
         "# Security tensors: results": _introduction(facts),
         "## Variants": [
-            *_table(base, found, [("base", "full"), *[(name, "full") for name in VARIANTS]]),
+            *_table(base, found, [("base", FULL_NAME), *[(name, FULL_NAME) for name in VARIANTS]]),
             "",
             *_goal_lines(base, found),
         ],
@@ -340,7 +352,9 @@ def build_page(
         "## Position": _table(
             base, found, [("textual", name) for name in ("prefix", "after_image")]
         ),
-        "## Number of samples": _table(base, found, [*sizes, ("textual", "full")] if sizes else []),
+        "## Number of samples": _table(
+            base, found, [*sizes, ("textual", FULL_NAME)] if sizes else []
+        ),
         "## Losses at the end of the fit": _loss_table(found),
     }
     measured = {
@@ -352,11 +366,12 @@ def build_page(
 
 
 def _introduction(facts: Mapping[str, Any]) -> list[str]:
-    seeds = ", ".join(map(str, facts["seeds"]))
+    seeds, studied = (", ".join(map(str, facts[name])) for name in ("seeds", "study_seeds"))
     text = (
         f"Made by `{facts['command']}` on {facts['model']} (fingerprint "
-        f"{facts['fingerprint'][:8]}), seeds {seeds}, split `{facts['split']}`: drawing styles and "
-        "wordings that took no part in the fit. The best epoch was chosen on the validation split. "
+        f"{facts['fingerprint'][:8]}), seeds {seeds} (what is not `full`: {studied}), split "
+        f"`{facts['split']}`: drawing styles and wordings that took no part in the fit. The best "
+        "epoch was chosen on the validation split. "
         "Greedy answers of 14 tokens, judged by rules whose error stands in [the judges' "
         "page](../judges.md). Rates are pooled over the seeds; intervals are 95 %, with answers "
         "about one thing taken as one cluster."
@@ -385,7 +400,7 @@ def _goal_lines(
 ) -> list[str]:
     lines = []
     for name in VARIANTS:
-        cells = found.get((name, "full"))
+        cells = found.get((name, FULL_NAME))
         if not cells:
             continue
         parts, is_met = [], True
@@ -411,7 +426,7 @@ def _tcb_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
     )
     lines = [claim, ""]
     for name in VARIANTS:
-        with_tcb, without = found.get((name, "full")), found.get((name, "no_tcb"))
+        with_tcb, without = found.get((name, FULL_NAME)), found.get((name, "no_tcb"))
         if not with_tcb or not without:
             continue
         fall = 100 * (
@@ -500,6 +515,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "security-tensors")
     parser.add_argument("--out", type=Path, default=DOCS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--study-seeds", type=int, nargs="+", default=[], help="default: --seeds")
     parser.add_argument("--rows", nargs="+", default=[], metavar="VARIANT/SETTING")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     for name, default in asdict(Sizes()).items():
@@ -515,22 +531,25 @@ def main() -> None:
     ]
     laboratory = Laboratory(arguments.model, arguments.work, sizes, arguments.split)
     base = laboratory.measure(None, 0)
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for seed in arguments.seeds:  # a stopped run has all rows of the first seeds
+    study_seeds = arguments.study_seeds or arguments.seeds
+    seeds = {row.key: study_seeds if row.is_study else arguments.seeds for row in rows}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {row.key: [] for row in rows}
+    for seed in sorted({*arguments.seeds, *study_seeds}):  # a stopped run has the first seeds
         for row in rows:
-            found.setdefault((row.variant, row.name), []).append(laboratory.measure(row, seed))
-    for seed in arguments.seeds:
+            if seed in seeds[row.key]:
+                found[row.key].append(laboratory.measure(row, seed))
         laboratory.triad(seed)
     facts = {
         "command": describe_command(leave_out=("--work", "--out")),
         "model": laboratory.vlm.name,
         "fingerprint": laboratory.vlm.fingerprint,
         "seeds": arguments.seeds,
+        "study_seeds": study_seeds,
         "split": arguments.split,
         "separability": laboratory.separability,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = list(build_records(base, found, arguments.seeds))
+    records = list(build_records(base, found, seeds))
     write(arguments.out / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     write(arguments.out / f"{STEM}.md", build_page(base, found, facts))
     print(f"{len(records)} records: {arguments.out / STEM}.md, .json")

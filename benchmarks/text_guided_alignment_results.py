@@ -56,6 +56,7 @@ FORMAT = TextGuidedAlignmentConfig().retrieved_format
 FULL, ALL = "full", "all"
 SEEN, UNSEEN = "seen", "unseen"
 AT_INFERENCE = "retrieval at inference"
+TEXT_SAFE, SHIPPED = "text-safe", "shipped"
 ALIGNED = 0.6
 """Share of pictures that an aligned model names at least, as the embedded model's card asks."""
 
@@ -117,6 +118,8 @@ class Sizes:
     """How much is trained and asked."""
 
     model: str
+    start: str
+    """"text-safe" is the model before its alignment, "shipped" the model as users get it."""
     split: str
     steps: int
     batch_size: int
@@ -140,8 +143,14 @@ class Sizes:
 def load_start(sizes: Sizes, work: Path) -> VLM:
     """Return the text-safe model with a projector that was warmed up on names.
 
-    The warmed projector is kept in the work folder, which is checked first.
+    The warmed projector is kept in the work folder, which is checked first. The shipped model is
+    aligned already and returned as it is.
     """
+    if sizes.start == SHIPPED:
+        vlm = load_vlm(sizes.model)
+        work.mkdir(parents=True, exist_ok=True)
+        check_work(work, sizes, vlm.fingerprint)
+        return vlm
     if sizes.model == mini.NAME:
         parts = mini.trained_parts()
         left_out = ("projector", "visual_instruction")
@@ -684,6 +693,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / STEM)
     parser.add_argument("--model", default=mini.NAME)
+    parser.add_argument(
+        "--start",
+        choices=(TEXT_SAFE, SHIPPED),
+        default=TEXT_SAFE,
+        help="align from the text-safe language model, or align the shipped model further, which "
+        "writes into the work folder alone",
+    )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=[], help="only these; default: all")
@@ -696,6 +712,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Sizes(
         model=options.model,
+        start=options.start,
         split=options.split,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -704,9 +721,10 @@ def main() -> None:
         limit=options.limit,
         pairs=options.pairs,
     )
-    work = options.work / options.split
+    is_shipped = options.start == SHIPPED
+    work = options.work / (f"{SHIPPED}-{options.split}" if is_shipped else options.split)
     records = run(sizes, options.seeds, options.variants, work)
-    is_published = options.split == "test" and options.model == mini.NAME
+    is_published = options.split == "test" and options.model == mini.NAME and not is_shipped
     folder = OUT if is_published else work
     page = render(records, sizes, describe_command(leave_out=("--work",)))
     write(folder / f"{STEM}.md", page)
