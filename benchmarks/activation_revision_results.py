@@ -21,6 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -28,13 +29,15 @@ from typing import Any, Final
 import numpy as np
 import torch
 from cells import describe_command, digest, write
+from sklearn.metrics import roc_auc_score
 
 from safebridge.activations.capture import Activations, capture_activations
+from safebridge.analysis.activation_layers import find_refusal_tokens
 from safebridge.data.sample import Sample, open_images, with_answer
 from safebridge.data.tables import load_splits
 from safebridge.data.twins import load_samples, manifest_sha256, names_of
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
-from safebridge.evaluation.statistics import Rate, measure_rate
+from safebridge.evaluation.statistics import Estimate, Rate, bootstrap_interval, measure_rate
 from safebridge.methods.activation_revision.config import ActivationRevisionConfig
 from safebridge.methods.activation_revision.method import CONTROLS, ActivationRevision
 from safebridge.methods.activation_revision.samples import (
@@ -329,6 +332,43 @@ class Laboratory:
             rows.append([sample.id, sample.concept, sample.category, [float(loss), len(wanted)]])
         return rows
 
+    def odds(self, method: ActivationRevision | None) -> list[Any]:
+        """Return how much the first word of each answer tends to a refusal, as log odds."""
+        key = "base"
+        if method is not None:
+            key = digest([method.config.to_dict(), method.metadata.details["samples_sha256"]])
+        path = self.work / f"odds-{self.split}-{key}.json"
+        if not path.is_file():
+            load = partial(load_samples, split=self.split, limit=self.sizes.test)
+            samples = [
+                *load("benign_image"),
+                *load("harmful_image", categories="seen"),
+                *load("harmful_image", categories="unseen"),
+            ]
+            words = list(find_refusal_tokens(self.vlm.tokenizer))
+            rows = []
+            with nullcontext() if method is None else method.apply(self.vlm):
+                for start in range(0, len(samples), 32):
+                    part = samples[start : start + 32]
+                    inputs = encode(
+                        self.vlm,
+                        [s.prompt for s in part],
+                        [open_images(s) for s in part],
+                        padding_side="left",
+                    ).inputs
+                    with torch.no_grad():
+                        last = self.vlm.model(**inputs, logits_to_keep=1).logits[:, -1].double()
+                    chance = last.softmax(-1)[:, words].sum(-1)
+                    rows += [
+                        [s.id, s.concept, s.category, [s.is_harmful, value]]
+                        for s, value in zip(
+                            part, torch.logit(chance, eps=1e-12).tolist(), strict=True
+                        )
+                    ]
+            write(path, json.dumps(rows))
+        found: list[Any] = json.loads(path.read_text("utf-8"))
+        return found
+
 
 Cells = list[dict[str, list[Any]]]
 Found = dict[tuple[str, str], Cells]
@@ -358,6 +398,36 @@ def summarise(cells: Cells, metric: str, keep: Callable[[list[Any]], bool]) -> R
     low, high = np.exp(np.quantile([loss / count for loss, count in drawn], [0.025, 0.975]))
     loss, count = pairs.sum(axis=0)
     return Rate(float(np.exp(loss / count)), float(low), float(high), len(rows))
+
+
+def measure_separation(rows: Sequence[Any]) -> Estimate:
+    """Return how well the odds tell harmful from harmless requests: the area under the curve."""
+    is_harmful, odds = (np.array([row[3][place] for row in rows]) for place in (0, 1))
+
+    def area(drawn: np.ndarray) -> float:
+        own = is_harmful[drawn]
+        return 0.5 if own.all() or not own.any() else float(roc_auc_score(own, odds[drawn]))
+
+    return bootstrap_interval(area, len(rows), clusters=[row[1] for row in rows])
+
+
+def build_separation_records(lab: Laboratory, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield how well harm is told from its absence, without a revision and with the clearest."""
+    best = next(v for v in TWELVE if v.name == PAPER_BEST)
+    full = Source(lab.sizes.groups)
+    clearest = lab.fit(best, seed, full).select(**lab.choose(best, seed, full)["clearest"])
+    for variant, setting, method in (("base", "full", None), (PAPER_BEST, "clearest", clearest)):
+        rows = lab.odds(method)
+        for part, keep in parts_of(setting).items():
+            own = [row for row in rows if not row[3][0] or keep(row)]
+            yield {
+                "variant": variant,
+                "setting": setting,
+                "metric": "separation",
+                "split": part,
+                **measure_separation(own).to_json(),
+                "seeds": [] if method is None else [seed],
+            }
 
 
 def run(
@@ -488,7 +558,7 @@ def build_page(records: Sequence[dict[str, Any]], facts: Mapping[str, Any]) -> s
         *goal_lines(value, full, facts["broken"]),
     ]
     if (PAPER_BEST, "clearest") in settings:
-        lines += ["", STUDY_NOTE]
+        lines += ["", *separation_lines(value), "", STUDY_NOTE]
     for title, starts in prefixes.items():
         keys = [key for key in settings if key[1].startswith(starts)]
         if keys:
@@ -588,6 +658,25 @@ def goal_lines(value: Values, keys: Sequence[tuple[str, str]], broken: Sequence[
     return lines
 
 
+def separation_lines(value: Values) -> list[str]:
+    """Say how much any strength of an unconditional revision could reach."""
+    names = (("base", "full", "without a revision"), (PAPER_BEST, "clearest", "with the clearest"))
+    areas = [
+        f"{name} {one['value']:.2f} [{one['low']:.2f}, {one['high']:.2f}] {part}"
+        for variant, setting, name in names
+        for part in ("seen", "unseen")
+        for one in [value[variant, setting, "separation", part]]
+    ]
+    text = (
+        "Why strength alone does not help: an unconditional revision is the same for every "
+        "request, so what it refuses is decided by how much a request tended to a refusal before. "
+        "How well that tendency (log odds of a refusal's first word) tells harmful pictures from "
+        f"harmless ones with the same wordings, as area under the curve: {', '.join(areas)}. 0.5 "
+        "is chance; 1 would let one strength refuse all of the first and none of the second."
+    )
+    return [text]
+
+
 def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -610,6 +699,8 @@ def main() -> None:
     study_seeds = [] if options.without_studies else options.study_seeds or options.seeds
     found, broken = run(lab, options.seeds, options.variants, study_seeds)
     records = list(build_records(found, options.seeds, study_seeds))
+    if study_seeds:
+        records += build_separation_records(lab, study_seeds[0])
     facts = {
         "command": describe_command(leave_out=("--work", "--out")),
         "model": options.model,
