@@ -55,8 +55,8 @@ FULL: Final = SecurityTensorsConfig(
     max_answer_tokens=4,
     weight_tcb=3.0,
 )
-"""Chosen on the validation split; what is not said here is the default. No visual step size from 0.02
-to 0.3 closed the gap there: from 0.08 on naming falls faster than harm is refused."""
+"""Chosen on the validation split; what is not said here is the default. No visual step size from
+0.02 to 0.3 closed the gap there: from 0.08 on naming falls faster than harm is refused."""
 
 LENGTHS: Final = (1, 4, 10, 30, 100, 300)
 LENGTH_SHARE: Final = 0.5
@@ -461,7 +461,8 @@ def _length_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
     is_rising = all(pairs[a] < pairs[b] for a, b in ((10, 100), (100, 300)))
     verdict = "reproduces" if is_rising else "does not reproduce"
     text = (
-        f"Fitted on {LENGTH_SHARE:.0%} of the samples. The paper finds that 10 tokens underfit and 300 beat 100 (81.89 against 64.3 %). That "
+        f"Fitted on {LENGTH_SHARE:.0%} of the samples. The paper finds that 10 tokens underfit and "
+        "300 beat 100 (81.89 against 64.3 %). That "
         f"{verdict} here: the unseen harmless rate is highest at n = {best}."
     )
     return [text]
