@@ -2,12 +2,14 @@
 
 import pytest
 
+from safebridge.analysis.curves import LayerCurve
 from safebridge.data.sample import Sample
 from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
+from safebridge.diagnosis.layers import Figures
 from safebridge.diagnosis.plan import Case
 from safebridge.diagnosis.rates import load_error_rates, measure_refusals
-from safebridge.diagnosis.results import Record, Reply, find_record
-from safebridge.diagnosis.verdict import write_verdict
+from safebridge.diagnosis.results import CurveFigure, Record, Reply, find_record
+from safebridge.diagnosis.verdict import suggest_fix, write_verdict
 from safebridge.evaluation.statistics import adjust_p_values, measure_difference, measure_rate
 
 CONFIG = DiagnosisConfig(split="validation", seed=5)
@@ -118,3 +120,52 @@ def test_the_verdict_is_silent_about_what_is_not_there() -> None:
     assert "empty picture" not in texts
     assert "Many harmless" not in texts
     assert "caption in place" not in texts
+
+
+@pytest.mark.parametrize(
+    ("shown", "harmless", "words"),
+    [
+        (34, 3, "ours raises refusals of harmful pictures."),
+        (38, 30, "it hardly tells the two apart"),
+        (9, 2, "ours does not clearly raise"),
+    ],
+)
+def test_the_verdict_says_what_a_defense_costs(shown: int, harmless: int, words: str) -> None:
+    replies = build_replies({"text": 36, "picture": shown}, harmless)
+    records = [*measure(COUNTS), *measure_refusals("ours", build_cases(), replies, CONFIG)]
+    texts = [finding.text for finding in write_verdict(records, None)]
+    assert sum(words in text for text in texts) == 1
+
+
+def draw_probes(inside: float, across: float) -> Figures:
+    """Return figures with nothing but the probes: within pictures, and from text to pictures."""
+    best = {"text to text": 1.0, "picture to picture": inside, "text to picture": across}
+    curves = [
+        CurveFigure(
+            key=key,
+            title="",
+            axis="",
+            unit="",
+            note="",
+            curves=tuple(
+                LayerCurve(name, (value,), (value,), (value,), 200, (0,))
+                for name, value in best.items()
+            ),
+            variants=("base",) * len(best),
+        )
+        for key in ("probe_accuracy", "probe_auc")
+    ]
+    return Figures(tuple(curves), (), (), {}, None, (), ())
+
+
+@pytest.mark.parametrize(
+    ("inside", "across", "words"),
+    [
+        (0.55, 0.5, "Try text-guided alignment"),
+        (0.9, 0.95, "Try activation revision"),
+        (0.9, 0.75, "would refuse harmless ones as well"),
+        (0.9, 0.5, "Try a security tensor"),
+    ],
+)
+def test_the_suggestion_follows_from_the_probes(inside: float, across: float, words: str) -> None:
+    assert words in suggest_fix(measure(COUNTS), draw_probes(inside, across)).text
