@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -55,6 +55,15 @@ class LoopSettings:
 
     seed: int = 0
     """Seed of torch's generator, for losses that draw random numbers."""
+
+    @classmethod
+    def pick(cls, config: object) -> "LoopSettings":
+        """Take these settings out of a method's, where they have the same names.
+
+        Args:
+            config: Has all of these fields.
+        """
+        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
 
 
 @final

@@ -4,11 +4,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, final
 
 import torch
@@ -21,7 +20,6 @@ from safebridge.activations.revision import Edit, apply_edits
 from safebridge.activations.scopes import TokenScope
 from safebridge.activations.sites import place_shape
 from safebridge.activations.store import capture_to_disk
-from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample
 from safebridge.errors import ArtifactError, DataError, SettingError, ShapeError
 from safebridge.methods.activation_revision.condition import GATE_TENSORS, fit_condition
@@ -33,11 +31,10 @@ from safebridge.methods.activation_revision.modules import (
     fit_sites,
 )
 from safebridge.methods.activation_revision.samples import SAFE, check_groups, group_of
+from safebridge.methods.fitted import FittedMethod, describe_origin
 from safebridge.models.load import VLM
 
 __all__ = ["CONTROLS", "ActivationRevision"]
-
-KIND = "activation-revision"
 
 CONTROLS: Final = {
     "random-sites": {"selection": "random"},
@@ -59,7 +56,7 @@ _FITTED: Final = (
 
 
 @final
-class ActivationRevision:
+class ActivationRevision(FittedMethod[ActivationRevisionConfig]):
     """A fitted revision: a direction for every head or layer, and which of them are revised.
 
     Args:
@@ -73,15 +70,8 @@ class ActivationRevision:
         is whose.
     """
 
-    def __init__(
-        self,
-        config: ActivationRevisionConfig,
-        tensors: Mapping[str, Tensor],
-        metadata: ArtifactMetadata,
-    ) -> None:
-        self.config = config
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
-        self.metadata = metadata
+    kind = "activation-revision"
+    config_class = ActivationRevisionConfig
 
     @classmethod
     def fit(
@@ -142,7 +132,7 @@ class ActivationRevision:
             found, details["gate"] = fit_condition(vlm, samples, benign, config)
             tensors |= found
         source = data_source or f"{len(samples)} samples"
-        return cls(config, tensors, _metadata(vlm, config, source, details))
+        return cls(config, tensors, describe_origin(vlm, config, source, details))
 
     def select(self, **changes: Any) -> "ActivationRevision":
         """Return a copy that revises other sites, or otherwise; nothing is fitted again.
@@ -252,54 +242,11 @@ class ActivationRevision:
         ):
             yield
 
-    def save(self, folder: Path | str) -> Path:
-        """Write an artifact folder whole or not at all.
-
-        Args:
-            folder: Where to; an earlier artifact there is replaced.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ArtifactError: If it cannot be written; what was there is unchanged.
-        """
-        return save_artifact(
-            folder,
-            kind=KIND,
-            config=self.config.to_dict(),
-            tensors=self.tensors,
-            metadata=self.metadata,
-        )
-
-    @classmethod
-    def load(
-        cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False
-    ) -> "ActivationRevision":
-        """Read an artifact folder and check that it belongs to the model.
-
-        Args:
-            folder: A folder that `save` wrote.
-            vlm: The model it is for.
-            allow_other_model: Accept another model of the same sizes on purpose.
-
-        Raises:
-            ArtifactError: If the folder is damaged or of another kind.
-            ModelMismatchError: If it was fitted on another model.
-            ShapeError: If the model has other sizes.
-        """
-        artifact = load_artifact(folder, kind=KIND)
-        config = ActivationRevisionConfig.from_dict(artifact.config)
-        expected = set(SITE_TENSORS) | (set() if config.gate == "none" else set(GATE_TENSORS))
-        if not expected <= set(artifact.tensors):
-            raise ArtifactError(
-                f"{folder} lacks {sorted(expected - set(artifact.tensors))}. Fit and save it again."
-            )
-        method = cls(config, artifact.tensors, artifact.metadata)
-        method._check_sizes(vlm)
-        if not allow_other_model:
-            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
-        return method
+    def _check_tensors(self, folder: Path | str) -> None:
+        is_gated = self.config.gate != "none"
+        missing = {*SITE_TENSORS, *(GATE_TENSORS if is_gated else ())} - set(self.tensors)
+        if missing:
+            raise ArtifactError(f"{folder} lacks {sorted(missing)}. Fit and save it again.")
 
     def _size(self, name: str) -> int:
         return int(self.metadata.details["sizes"][name])
@@ -385,19 +332,6 @@ def _number_sites(vlm: VLM, place: str, layers: Sequence[int]) -> dict[str, Tens
         "layers": torch.tensor(list(layers)).repeat_interleave(len(heads)),
         "heads": heads.repeat(len(layers)),
     }
-
-
-def _metadata(
-    vlm: VLM, config: ActivationRevisionConfig, source: str, details: dict[str, Any]
-) -> ArtifactMetadata:
-    return ArtifactMetadata(
-        base_model=vlm.name,
-        revision=vlm.revision,
-        fingerprint=vlm.fingerprint,
-        data_source=source,
-        seed=config.seed,
-        details=details,
-    )
 
 
 def _details(vlm: VLM, samples: Sequence[Sample], position: str) -> dict[str, Any]:

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import DataError, ModelMismatchError, SettingError, ShapeError
+from safebridge.methods.fitted import FittedMethod, describe_origin
 from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SET_NAMES, SecurityTensorsConfig
@@ -39,13 +38,11 @@ from safebridge.training.loop import (
 
 __all__ = ["SecurityTensors"]
 
-KIND = "security-tensors"
-
 Validation = Sequence[Sample] | Callable[["SecurityTensors"], float]
 
 
 @final
-class SecurityTensors:
+class SecurityTensors(FittedMethod[SecurityTensorsConfig]):
     """A security tensor: fitted virtual tokens, a fitted pixel tensor, or both.
 
     Args:
@@ -58,15 +55,8 @@ class SecurityTensors:
         docs/security-tensors.md lists what is the paper's and where we depart from it.
     """
 
-    def __init__(
-        self,
-        config: SecurityTensorsConfig,
-        tensors: Mapping[str, Tensor],
-        metadata: ArtifactMetadata,
-    ) -> None:
-        self.config = config
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
-        self.metadata = metadata
+    kind = "security-tensors"
+    config_class = SecurityTensorsConfig
 
     @classmethod
     def fit(
@@ -132,7 +122,7 @@ class SecurityTensors:
                 runs.append((result, engine))
         source = data_source or f"{len(samples)} samples"
         details = _details(samples, runs)
-        return cls(config, module.tensors(), _metadata(vlm, config, source, details))
+        return cls(config, module.tensors(), describe_origin(vlm, config, source, details))
 
     @contextmanager
     def apply(self, vlm: VLM, *, strength: float = 1.0) -> Iterator[None]:
@@ -152,7 +142,7 @@ class SecurityTensors:
             SettingError: If `strength` is negative.
             SafebridgeError: If a security tensor is already applied to this model.
         """
-        self._check_width(vlm)
+        self._check_sizes(vlm)
         tokens, pixels = self.tensors.get("tokens"), self.tensors.get("pixels")
         with apply_tensors(
             vlm,
@@ -164,52 +154,7 @@ class SecurityTensors:
         ):
             yield
 
-    def save(self, folder: Path | str) -> Path:
-        """Write an artifact folder whole or not at all.
-
-        Args:
-            folder: Where to; an earlier artifact there is replaced.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ArtifactError: If it cannot be written; what was there is unchanged.
-        """
-        return save_artifact(
-            folder,
-            kind=KIND,
-            config=self.config.to_dict(),
-            tensors=self.tensors,
-            metadata=self.metadata,
-        )
-
-    @classmethod
-    def load(
-        cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False
-    ) -> "SecurityTensors":
-        """Read an artifact folder and check that it belongs to the model.
-
-        Args:
-            folder: A folder that `save` wrote.
-            vlm: The model it is for.
-            allow_other_model: Accept another model of the same width on purpose.
-
-        Raises:
-            ArtifactError: If the folder is damaged or of another kind.
-            ModelMismatchError: If it was fitted on another model.
-            ShapeError: If the virtual tokens have another width than the model.
-        """
-        artifact = load_artifact(folder, kind=KIND)
-        config = SecurityTensorsConfig.from_dict(artifact.config)
-        method = cls(config, artifact.tensors, artifact.metadata)
-        method._check_parts(folder)
-        method._check_width(vlm)
-        if not allow_other_model:
-            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
-        return method
-
-    def _check_parts(self, folder: Path | str) -> None:
+    def _check_tensors(self, folder: Path | str) -> None:
         expected = {"tokens"} if self.config.has_text else set()
         expected |= {"pixels"} if self.config.has_visual else set()
         if set(self.tensors) != expected:
@@ -218,7 +163,7 @@ class SecurityTensors:
                 f"'{self.config.modality}' needs {sorted(expected)}. Fit and save it again."
             )
 
-    def _check_width(self, vlm: VLM) -> None:
+    def _check_sizes(self, vlm: VLM) -> None:
         tokens = self.tensors.get("tokens")
         if tokens is not None and tokens.shape[-1] != vlm.layout.hidden_size:
             raise ShapeError(
@@ -307,7 +252,7 @@ def _run_stage(
         _groups(module, config, stage),
         lambda epoch: _batches(engine, samples, config, config.seed + epoch),
         lambda batch: _step_loss(engine, samples, config, batch),
-        _loop_settings(config),
+        LoopSettings.pick(config),
         validate=validate,
         progress=progress,
         checkpoint=checkpoint,
@@ -330,19 +275,6 @@ def _groups(
         for name, parameter in module.named_parameters()
         if name in stage.trained
     ]
-
-
-def _loop_settings(config: SecurityTensorsConfig) -> LoopSettings:
-    return LoopSettings(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        accumulation_steps=config.accumulation_steps,
-        schedule=config.schedule,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        patience=config.patience,
-        seed=config.seed,
-    )
 
 
 def _batches(
@@ -380,7 +312,7 @@ def _score_of(
     if validation is None:
         return None
     if callable(validation):
-        metadata = _metadata(vlm, config, "fit in progress", {})
+        metadata = describe_origin(vlm, config, "fit in progress", {})
         return lambda: validation(SecurityTensors(config, module.tensors(), metadata))
     held_out = list(validation)
     _check_samples(held_out)
@@ -396,19 +328,6 @@ def _score_of(
         return -sum(sum(values) / len(values) for values in by_set.values()) / len(by_set)
 
     return score
-
-
-def _metadata(
-    vlm: VLM, config: SecurityTensorsConfig, source: str, details: dict[str, Any]
-) -> ArtifactMetadata:
-    return ArtifactMetadata(
-        base_model=vlm.name,
-        revision=vlm.revision,
-        fingerprint=vlm.fingerprint,
-        data_source=source,
-        seed=config.seed,
-        details=details,
-    )
 
 
 def _details(

@@ -1,16 +1,15 @@
 """The method itself: align a model's pictures with their captions, apply, save and load."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
-from safebridge.artifacts.store import ArtifactMetadata, check_model, load_artifact, save_artifact
 from safebridge.data.sample import Sample
+from safebridge.errors import ArtifactError
+from safebridge.methods.fitted import FittedMethod, describe_origin
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 from safebridge.methods.text_guided_alignment.engine import GuidedEngine, check_support
 from safebridge.methods.text_guided_alignment.modules import (
@@ -30,15 +29,13 @@ from safebridge.training.loop import (
     train,
 )
 
-__all__ = ["KIND", "TextGuidedAlignment"]
-
-KIND = "text-guided-alignment"
+__all__ = ["TextGuidedAlignment"]
 
 Validation = Sequence[Sample] | Callable[[], float]
 
 
 @final
-class TextGuidedAlignment:
+class TextGuidedAlignment(FittedMethod[TextGuidedAlignmentConfig]):
     """Fitted weights that let a model's text safety work on pictures.
 
     Args:
@@ -53,15 +50,8 @@ class TextGuidedAlignment:
         paper's, what is its repository's and where we depart from both.
     """
 
-    def __init__(
-        self,
-        config: TextGuidedAlignmentConfig,
-        tensors: Mapping[str, Tensor],
-        metadata: ArtifactMetadata,
-    ) -> None:
-        self.config = config
-        self.tensors: Mapping[str, Tensor] = MappingProxyType(dict(tensors))
-        self.metadata = metadata
+    kind = "text-guided-alignment"
+    config_class = TextGuidedAlignmentConfig
 
     @classmethod
     def fit(
@@ -119,7 +109,7 @@ class TextGuidedAlignment:
                 _groups(parts, config),
                 lambda epoch: engine.batches(epoch, total),
                 engine.loss,
-                _loop_settings(config),
+                LoopSettings.pick(config),
                 validate=_score_of(vlm, validation, config, parts),
                 progress=progress,
                 checkpoint=checkpoint,
@@ -127,7 +117,7 @@ class TextGuidedAlignment:
             tensors = {name: value.cpu() for name, value in parts.tensors().items()}
         details = _details(result, engine)
         source = data_source or f"{len(samples)} samples"
-        return cls(config, tensors, _metadata(vlm, config, source, details))
+        return cls(config, tensors, describe_origin(vlm, config, source, details))
 
     @contextmanager
     def apply(self, vlm: VLM, *, strength: float = 1.0) -> Iterator[None]:
@@ -151,50 +141,13 @@ class TextGuidedAlignment:
         with apply_weights(vlm, self.tensors, strength=strength):
             yield
 
-    def save(self, folder: Path | str) -> Path:
-        """Write an artifact folder whole or not at all.
+    def _check_tensors(self, folder: Path | str) -> None:
+        if not self.tensors:
+            raise ArtifactError(f"{folder} holds no weights. Fit and save it again.")
 
-        Args:
-            folder: Where to; an earlier artifact there is replaced.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ArtifactError: If it cannot be written; what was there is unchanged.
-        """
-        return save_artifact(
-            folder,
-            kind=KIND,
-            config=self.config.to_dict(),
-            tensors=self.tensors,
-            metadata=self.metadata,
-        )
-
-    @classmethod
-    def load(
-        cls, folder: Path | str, vlm: VLM, *, allow_other_model: bool = False
-    ) -> "TextGuidedAlignment":
-        """Read an artifact folder and check that it belongs to the model.
-
-        Args:
-            folder: A folder that `save` wrote.
-            vlm: The model it is for.
-            allow_other_model: Accept another model of the same sizes on purpose.
-
-        Raises:
-            ArtifactError: If the folder is damaged or of another kind.
-            ModelMismatchError: If it was fitted on another model.
-            ShapeError: If the weights do not fit the model.
-        """
-        artifact = load_artifact(folder, kind=KIND)
-        config = TextGuidedAlignmentConfig.from_dict(artifact.config)
-        if not allow_other_model:
-            check_model(folder, artifact.metadata, name=vlm.name, fingerprint=vlm.fingerprint)
-        method = cls(config, artifact.tensors, artifact.metadata)
-        with method.apply(vlm):  # a weight that does not fit is better found now
+    def _check_sizes(self, vlm: VLM) -> None:
+        with self.apply(vlm):  # a weight that does not fit is better found now
             pass
-        return method
 
 
 def _total_batches(engine: GuidedEngine, config: TextGuidedAlignmentConfig) -> int:
@@ -219,19 +172,6 @@ def _groups(parts: TrainedParts, config: TextGuidedAlignmentConfig) -> list[Para
     return groups
 
 
-def _loop_settings(config: TextGuidedAlignmentConfig) -> LoopSettings:
-    return LoopSettings(
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        accumulation_steps=config.accumulation_steps,
-        schedule=config.schedule,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        patience=config.patience,
-        seed=config.seed,
-    )
-
-
 def _score_of(
     vlm: VLM,
     validation: Validation | None,
@@ -252,19 +192,6 @@ def _score_of(
         return -total / count
 
     return score
-
-
-def _metadata(
-    vlm: VLM, config: TextGuidedAlignmentConfig, source: str, details: dict[str, Any]
-) -> ArtifactMetadata:
-    return ArtifactMetadata(
-        base_model=vlm.name,
-        revision=vlm.revision,
-        fingerprint=vlm.fingerprint,
-        data_source=source,
-        seed=config.seed,
-        details=details,
-    )
 
 
 def _details(result: LoopResult, engine: GuidedEngine) -> dict[str, Any]:
