@@ -50,8 +50,8 @@ FULL: Final = SecurityTensorsConfig(
     visual_learning_rate=4e-2,
     visual_init_std=0.0,
     batch_size=8,
-    epochs=4,
-    patience=4,
+    epochs=3,
+    patience=3,
     max_answer_tokens=4,
     weight_tcb=3.0,
 )
@@ -59,9 +59,7 @@ FULL: Final = SecurityTensorsConfig(
 0.02 to 0.3 closed the gap there: from 0.08 on naming falls faster than harm is refused."""
 
 LENGTHS: Final = (1, 4, 10, 30, 100, 300)
-LENGTH_SHARE: Final = 0.5
-"""Share of the fit samples in the study of lengths, where 300 tokens cost most."""
-SIZES: Final = (30, 60)
+SIZES: Final = (50, 100)
 VARIANTS: Final = ("textual", "visual", "both")
 FULL_NAME: Final = "full"
 METRICS: Final = (
@@ -83,9 +81,9 @@ GOALS: Final = {"seen": 0.90, "unseen": 0.85, "false refusals": 0.02}
 class Sizes:
     """How much is fitted and measured."""
 
-    fit_harmful: int = 120
-    fit_general: int = 30
-    validation: int = 30
+    fit_harmful: int = 240
+    fit_general: int = 60
+    validation: int = 40
     """Held-out samples of each kind that the best epoch is chosen by."""
     test: int = 80
     """Samples of each metric."""
@@ -122,10 +120,7 @@ def settings(sizes: Sizes) -> list[Setting]:
         Setting("both", order, replace(both, order=order))
         for order in ("textual_first", "visual_first")
     ]
-    rows += [
-        Setting("textual", f"n={n}", replace(FULL, num_virtual_tokens=n), share=LENGTH_SHARE)
-        for n in LENGTHS
-    ]
+    rows += [Setting("textual", f"n={n}", replace(FULL, num_virtual_tokens=n)) for n in LENGTHS]
     rows += [Setting("textual", loss, replace(FULL, benign_loss=loss)) for loss in ("ce", "kl")]
     rows += [
         Setting("textual", position, replace(FULL, position=position))
@@ -461,8 +456,7 @@ def _length_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
     is_rising = all(pairs[a] < pairs[b] for a, b in ((10, 100), (100, 300)))
     verdict = "reproduces" if is_rising else "does not reproduce"
     text = (
-        f"Fitted on {LENGTH_SHARE:.0%} of the samples. The paper finds that 10 tokens underfit and "
-        "300 beat 100 (81.89 against 64.3 %). That "
+        "The paper finds that 10 tokens underfit and 300 beat 100 (81.89 against 64.3 %). That "
         f"{verdict} here: the unseen harmless rate is highest at n = {best}."
     )
     return [text]
