@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from safebridge.activations.gate import Gate, choose_threshold, fit_gate
+from safebridge.activations.gate import (
+    PROBE_REGULARISATION,
+    Gate,
+    choose_threshold,
+    fit_gate,
+    fit_scaled_probes,
+)
 from safebridge.errors import DataError, SettingError, ShapeError
 
 
@@ -29,6 +38,18 @@ def test_a_gate_opens_for_harmful_prompts_and_keeps_its_rate(kind: str) -> None:
     assert gate.layer == 3
     assert float(gate.is_open(new_harmless).float().mean()) < 0.16
     assert float(gate.is_open(new_harmful).float().mean()) > 0.5
+
+
+def test_scaled_probes_are_those_of_scikit_learn() -> None:
+    harmful, harmless = clouds(2)
+    harmful[:, 3], harmless[:, 3] = 5.0, 5.0  # a feature that says nothing and has no spread
+    probes, means = fit_scaled_probes(harmful[:, None], harmless[:, None])
+    states = torch.cat([harmful, harmless])
+    labels = [1] * len(harmful) + [0] * len(harmless)
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=PROBE_REGULARISATION, tol=1e-8))
+    expected = oracle.fit(states.numpy(), labels).decision_function(states.numpy())
+    found = probes.logits(states[:, None] - means)[:, 0]
+    torch.testing.assert_close(found, torch.from_numpy(expected).double(), atol=1e-2, rtol=1e-2)
 
 
 def test_the_threshold_lets_through_what_the_rate_allows() -> None:

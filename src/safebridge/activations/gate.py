@@ -10,16 +10,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from safebridge.activations.probes import fit_probes
+from safebridge.activations.probes import Probes, fit_probes
 from safebridge.activations.sites import hook_place
 from safebridge.errors import DataError, SettingError, ShapeError
 from safebridge.models.load import VLM
 
-__all__ = ["GATE_KINDS", "Gate", "choose_threshold", "fit_gate", "read_gate"]
+__all__ = ["GATE_KINDS", "Gate", "choose_threshold", "fit_gate", "fit_scaled_probes", "read_gate"]
 
 GATE_KINDS: Final = ("cosine", "probe")
 """`cosine`: of the centred state with the mean difference of harmful and harmless prompts.
-`probe`: logit of a logistic probe."""
+`probe`: logit of a logistic probe on standardised states."""
+
+PROBE_REGULARISATION: Final = 0.01
+"""Inverse L2 strength of the gate's probe. Ours, chosen on the embedded model's validation split:
+a prompt's state has as many features as there are prompts, and 1 fits them by heart."""
 
 _NOT_FOR_A_PROMPT: Final = ("past_key_values", "use_cache", "labels", "logits_to_keep")
 
@@ -39,7 +43,7 @@ class Gate:
     """Direction of harmful prompts, float32."""
 
     center: Float[Tensor, " hidden"]
-    """Subtracted first; zero for a probe."""
+    """Subtracted first."""
 
     bias: float
     """Added to the score of a probe; 0 for the cosine."""
@@ -110,20 +114,43 @@ def fit_gate(
             f"a gate needs harmful and harmless prompts, found {len(harmful)} and "
             f"{len(harmless)}. Pass benign=... samples to fit."
         )
-    bias, center = 0.0, torch.zeros_like(harmful[0])
+    bias = 0.0
     if kind == "cosine":
         weight = harmful.mean(dim=0) - harmless.mean(dim=0)
         center = (harmful.mean(dim=0) + harmless.mean(dim=0)) / 2
     else:
-        states = torch.cat([harmful, harmless])
-        labels = torch.arange(len(states), device=states.device) < len(harmful)
-        probes = fit_probes(states[:, None], labels)
-        weight, bias = probes.weight[0].to(states), float(probes.bias[0])
+        probes, means = fit_scaled_probes(harmful[:, None], harmless[:, None])
+        weight, center, bias = probes.weight[0], means[0], float(probes.bias[0])
     gate = Gate(kind, layer, weight.float(), center.float(), bias, math.inf)
     threshold = choose_threshold(
         gate.score(harmless if held_out is None else held_out), false_alarm_rate
     )
     return Gate(kind, layer, gate.weight, gate.center, bias, threshold)
+
+
+def fit_scaled_probes(
+    harmful: Float[Tensor, "n sites hidden"], harmless: Float[Tensor, "m sites hidden"]
+) -> tuple[Probes, Float[Tensor, "sites hidden"]]:
+    """Fit one probe for each site on standardised states.
+
+    Args:
+        harmful: States of harmful prompts.
+        harmless: States of harmless ones.
+
+    Returns:
+        Probes of states as they are, less the means; and the means.
+
+    Raises:
+        DataError: If there are no states of one kind.
+    """
+    states = torch.cat([harmful, harmless]).float()
+    means, spread = states.mean(dim=0), states.std(dim=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    labels = torch.arange(len(states), device=states.device) < len(harmful)
+    probes = fit_probes(
+        (states - means) / spread, labels, inverse_regularisation=PROBE_REGULARISATION
+    )
+    return Probes(probes.weight / spread, probes.bias), means
 
 
 def choose_threshold(scores: Float[Tensor, " n"], false_alarm_rate: float) -> float:

@@ -53,6 +53,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="harmless requests for the gate, as JSON lines; default: those of --data",
     )
     parser.add_argument(
+        "--harmful",
+        type=Path,
+        metavar="FILE",
+        help="more harmful requests for the gate, as JSON lines",
+    )
+    parser.add_argument(
         "--cache",
         type=Path,
         metavar="FOLDER",
@@ -91,11 +97,13 @@ def fit(arguments: argparse.Namespace) -> list[str]:
     benign = [sample for sample in found if not sample.is_harmful]
     if arguments.benign is not None:
         benign = load_samples(arguments.benign)
+    harmful = [] if arguments.harmful is None else load_samples(arguments.harmful)
     vlm = load_vlm(arguments.model, dtype=arguments.dtype)
     method = ActivationRevision.fit(
         vlm,
         samples,
         config,
+        harmful=harmful,
         benign=benign,
         cache=arguments.cache,
         data_source=str(arguments.data),

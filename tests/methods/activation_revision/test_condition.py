@@ -1,7 +1,7 @@
 import torch
 
 from safebridge.data.sample import Sample
-from safebridge.methods.activation_revision.condition import _find_best_layer
+from safebridge.methods.activation_revision.condition import _find_best_layer, _hold_out
 
 
 def states_of(things: list[int], *, is_bad: bool) -> torch.Tensor:
@@ -26,3 +26,14 @@ def test_a_layer_that_knows_the_things_again_is_not_taken_for_one_that_knows_har
         (states, [Sample(sample.id, "?") for sample in samples]) for states, samples in sides
     ]
     assert _find_best_layer(*nameless, 0) == 0
+
+
+def test_no_thing_is_on_both_sides_of_the_threshold() -> None:
+    samples = [Sample(str(i), "?", concept=f"thing {i % 9}") for i in range(90)]
+    mask = _hold_out(samples, 1 / 3, seed=0).tolist()
+    sides = [
+        {own.concept for own, is_out in zip(samples, mask, strict=True) if is_out == side}
+        for side in (True, False)
+    ]
+    assert len(sides[0]) == 3
+    assert not sides[0] & sides[1]

@@ -80,6 +80,7 @@ class ActivationRevision(FittedMethod[ActivationRevisionConfig]):
         samples: Sequence[Sample],
         config: ActivationRevisionConfig | None = None,
         *,
+        harmful: Sequence[Sample] = (),
         benign: Sequence[Sample] = (),
         reference: Sequence[Sample] = (),
         captured: Activations | None = None,
@@ -94,7 +95,10 @@ class ActivationRevision(FittedMethod[ActivationRevisionConfig]):
             samples: Groups of safe and unsafe samples, see `samples.build_multi_response` and
                 its neighbours.
             config: The settings; None takes the defaults.
-            benign: Harmless requests, for the gate.
+            harmful: Harmful requests for the gate, besides those of the groups. A gate wants
+                hundreds: how many harmless requests it spares is decided here.
+            benign: Harmless requests, for the gate; with the wordings of the harmful ones, so
+                that the wording does not decide.
             reference: Samples whose activations make the unit sigma; none takes `samples`.
             captured: Activations of `samples`, captured before at the same place and position.
             cache: Folder that the activations are written to and resumed from; needed when they
@@ -129,7 +133,10 @@ class ActivationRevision(FittedMethod[ActivationRevisionConfig]):
         tensors |= _number_sites(vlm, config.place, layers)
         details = _details(vlm, samples, position)
         if config.gate != "none":
-            found, details["gate"] = fit_condition(vlm, samples, benign, config)
+            folder = None if cache is None else cache / "gate"
+            found, details["gate"] = fit_condition(
+                vlm, samples, config, harmful=harmful, benign=benign, cache=folder
+            )
             tensors |= found
         source = data_source or f"{len(samples)} samples"
         return cls(config, tensors, describe_origin(vlm, config, source, details))
