@@ -49,9 +49,9 @@ FULL: Final = SecurityTensorsConfig(
     learning_rate=3e-2,
     visual_learning_rate=4e-2,
     visual_init_std=0.0,
-    batch_size=8,
-    epochs=3,
-    patience=3,
+    batch_size=16,
+    epochs=5,
+    patience=5,
     max_answer_tokens=4,
     weight_tcb=3.0,
 )
