@@ -38,12 +38,13 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import build_engine, quick_attention
+from safebridge.methods.security_tensors.engines import build_engine
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.objective import build_batches
 from safebridge.models.families import find_layout
 from safebridge.models.load import VLM, load_vlm
 from safebridge.models.tokens import IGNORED_LABEL, encode
+from safebridge.training.attention import quick_attention
 from safebridge.training.loop import freeze
 
 BATCH = 32

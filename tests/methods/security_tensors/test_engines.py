@@ -10,7 +10,7 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import ModelEngine, build_engine, quick_attention
+from safebridge.methods.security_tensors.engines import ModelEngine, build_engine
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.prepare import prepare_samples
 from safebridge.models.hooks import capture_output
@@ -305,23 +305,3 @@ def test_a_tensor_for_pictures_learns_nothing_from_text_alone(
     torch.testing.assert_close(gradient, shown[1], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(losses[:1], plain, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(text[1], torch.zeros_like(text[1]))
-
-
-@pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_quick_attention_gives_the_same_logits_and_is_taken_back(
-    tiny: Callable[[str], VLM], triad: list[Sample], family: str
-) -> None:
-    vlm = tiny(family)
-    inputs = encode(vlm, ["How?", "How so?"], [open_images(s) for s in triad[:2]]).inputs
-    decoder = vlm.layout.get(vlm.model, "language_model")
-    before = decoder.config._attn_implementation
-    with torch.no_grad():
-        fused = vlm.model(**inputs).logits
-        with quick_attention(vlm):
-            assert decoder.config._attn_implementation == "eager"
-            plain = vlm.model(**inputs).logits
-        again = vlm.model(**inputs).logits
-    keep = inputs["attention_mask"].bool()
-    torch.testing.assert_close(plain[keep], fused[keep], atol=2e-4, rtol=2e-3)
-    assert decoder.config._attn_implementation == before == "sdpa"
-    assert torch.equal(again, fused)

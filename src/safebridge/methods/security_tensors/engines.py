@@ -27,7 +27,7 @@ from safebridge.models.hooks import replace_method
 from safebridge.models.load import VLM
 from safebridge.models.tokens import IGNORED_LABEL, Encoded
 
-__all__ = ["Engine", "ModelEngine", "build_engine", "checkpoint_layers", "quick_attention"]
+__all__ = ["Engine", "ModelEngine", "build_engine", "checkpoint_layers"]
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _LOOSE_TOLERANCE = 0.1  # relative, for half-precision weights
@@ -153,29 +153,6 @@ def build_engine(
             if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
                 return whole
     return decoder
-
-
-@contextmanager
-def quick_attention(vlm: VLM) -> Iterator[None]:
-    """Let the decoder multiply attention out on a CPU, where the fused backward pass is slow.
-
-    That pays where rows are short, as those of a fit are.
-
-    Args:
-        vlm: The model; given back as it was.
-
-    Yields:
-        Nothing.
-    """
-    decoder: Any = vlm.layout.get(vlm.model, "language_model")
-    is_slow = vlm.device.type == "cpu" and decoder.config._attn_implementation == "sdpa"  # noqa: SLF001 - no public way to ask
-    if is_slow:
-        decoder.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if is_slow:
-            decoder.set_attn_implementation("sdpa")
 
 
 @contextmanager

@@ -19,13 +19,14 @@ from safebridge.methods.security_tensors.application import apply_tensors
 from safebridge.methods.security_tensors.cache import TensorCache
 from safebridge.methods.security_tensors.config import SET_NAMES, SecurityTensorsConfig
 from safebridge.methods.security_tensors.decoder_engine import DecoderEngine
-from safebridge.methods.security_tensors.engines import Engine, build_engine, quick_attention
+from safebridge.methods.security_tensors.engines import Engine, build_engine
 from safebridge.methods.security_tensors.modules import SecurityTensorModule, build_module
 from safebridge.methods.security_tensors.objective import build_batches
 from safebridge.methods.security_tensors.pixels import find_pixel_limits
 from safebridge.methods.security_tensors.stages import Stage, plan_stages
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
+from safebridge.training.attention import quick_attention
 from safebridge.training.loop import (
     LoopResult,
     LoopSettings,

@@ -20,6 +20,7 @@ from safebridge.methods.text_guided_alignment.modules import (
 )
 from safebridge.models.load import VLM
 from safebridge.optional import require
+from safebridge.training.attention import quick_attention
 from safebridge.training.loop import (
     LoopResult,
     LoopSettings,
@@ -100,6 +101,7 @@ class TextGuidedAlignment(FittedMethod[TextGuidedAlignmentConfig]):
         check_support(vlm, config)
         with ExitStack() as stack:
             stack.enter_context(freeze(vlm.model))
+            stack.enter_context(quick_attention(vlm))
             if config.has_gradient_checkpointing:
                 stack.enter_context(checkpoint_layers(vlm))
             parts = stack.enter_context(train_parts(vlm, config))
