@@ -13,6 +13,7 @@ from torch import Tensor
 from safebridge.activations.capture import capture_activations
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import DataError, ModelMismatchError, SettingError, ShapeError
+from safebridge.methods.activation_revision.condition import GATE_TENSORS
 from safebridge.methods.activation_revision.config import ActivationRevisionConfig
 from safebridge.methods.activation_revision.method import CONTROLS, ActivationRevision
 from safebridge.methods.protocol import Method
@@ -360,6 +361,27 @@ def test_a_gate_follows_its_false_alarm_rate(fitted: Callable[[str, str], Case])
     assert method.gate is not None
     assert strict.threshold > method.gate.threshold
     assert method.select(gate="none").gate is None
+
+
+def test_more_harmful_requests_reach_the_gate_and_are_kept(
+    tiny: Callable[[str], VLM], answered: list[Sample], benign: list[Sample], tmp_path: Path
+) -> None:
+    vlm = tiny("llava")
+    config = ActivationRevisionConfig(gate="probe", gate_layer=0, gate_false_alarm_rate=0.5)
+    more = [Sample(f"m{number}", "How come" + "?" * number) for number in range(1, 5)]
+
+    def gate_of(harmful: list[Sample], cache: Path | None) -> dict[str, Tensor]:
+        method = ActivationRevision.fit(
+            vlm, answered, config, harmful=harmful, benign=benign, cache=cache
+        )
+        return {name: method.tensors[name] for name in GATE_TENSORS}
+
+    alone, wide = gate_of([], None), gate_of(more, None)
+    assert not torch.equal(alone["gate_weight"], wide["gate_weight"])
+    for _ in range(2):  # the second time from disk
+        kept = gate_of(more, tmp_path)
+        for name, value in wide.items():
+            torch.testing.assert_close(kept[name], value)
 
 
 def test_other_models_are_refused_unless_on_purpose(
