@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from safebridge.cli.main import main
@@ -55,8 +56,14 @@ def test_groups_can_be_given_and_a_gate_takes_the_harmless_requests(
     data = save_samples(groups, tmp_path / "groups.jsonl")
     benign = [replace(s, prompt=f"What {n}?", is_harmful=False) for n, s in enumerate(samples)]
     more = ["--benign", str(save_samples(benign, tmp_path / "benign.jsonl")), "--gate", "cosine"]
-    assert fit(data, tmp_path / "artifact", "--strategy", "given", *more) == 0
-    assert ActivationRevision.load(tmp_path / "artifact", tiny_vlm("llava")).gate is not None
+    wide = ["--harmful", str(save_samples([Sample("m", "How come?")], tmp_path / "more.jsonl"))]
+    gates = []
+    for name, words in (("artifact", more), ("wide", [*more, *wide])):
+        assert fit(data, tmp_path / name, "--strategy", "given", *words) == 0
+        gates.append(ActivationRevision.load(tmp_path / name, tiny_vlm("llava")).gate)
+    assert gates[0] is not None
+    assert gates[1] is not None
+    assert not torch.equal(gates[0].weight, gates[1].weight)
 
 
 def test_errors_exit_with_what_to_do(
