@@ -596,7 +596,7 @@ def render_caution(records: Sequence[Row]) -> list[str]:
 def render_details(records: Sequence[Row]) -> list[str]:
     """Return the tables by category and by layer, and the diagnosis."""
     measured = {record["variant"] for record in records}
-    main = [v.name for v in VARIANTS if v.is_main and v.name in measured]
+    main = [v.name for v in VARIANTS if v.is_main and v.name in measured] or sorted(measured)
     lines = ["", "## Pictures refused, by category", "", f"| category | {' | '.join(main)} |"]
     lines += ["|---" * (len(main) + 1) + "|"]
     categories = sorted({

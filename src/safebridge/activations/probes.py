@@ -12,11 +12,12 @@ from safebridge.errors import DataError, SettingError
 
 __all__ = ["Probes", "fit_probes", "measure_probes", "rank_sites", "split_groups"]
 
-_CHUNK_BYTES: Final = 8 * 2**20
+_CHUNK_BYTES: Final = 2 * 2**20
 _MAX_CONJUGATE_STEPS: Final = 60
-_WARM_STEPS: Final = 4
-_REFRESH_STEPS: Final = 15
-_LINE_STEPS: Final = 3
+_WARM_STEPS: Final = 3
+_REFRESH_STEPS: Final = 8
+_ROWS_PER_COLUMN: Final = 3
+_LINE_STEPS: Final = 2
 _SINGLE_PRECISION_LIMIT: Final = 1e-5
 _MAX_NEWTON_STEPS: Final = 200
 _HALVINGS: Final = 30
@@ -79,20 +80,25 @@ def fit_probes(
     is_wide = n < width
     is_single = tolerance >= _SINGLE_PRECISION_LIMIT and not is_wide
     dtype = torch.float32 if is_single else torch.float64
-    size = max(1, _CHUNK_BYTES // (dtype.itemsize * n * (min(n, width) + 1)))
+    columns = min(n, width) + 1
+    size = min(sites, max(1, _CHUNK_BYTES // (dtype.itemsize * n * columns)))
     weight = features.new_empty(sites, width, dtype=torch.float64)
     bias = features.new_empty(sites, dtype=torch.float64)
     targets = labels.to(dtype)
+    # Filled again for each chunk: fresh memory would cost more time than the steps.
+    designs = features.new_ones(size, n, columns, dtype=dtype)
+    turned = features.new_empty(size, columns, n, dtype=dtype)
     for start in range(0, sites, size):
         part = slice(start, start + size)
-        rows = features[:, part].transpose(0, 1).to(dtype)
-        inner = _span(rows) if is_wide else rows
-        design = torch.cat([inner, inner.new_ones(*inner.shape[:2], 1)], dim=2)
-        found = _fit(design, targets, inverse_regularisation, tolerance)
+        rows = features[:, part].transpose(0, 1)
+        inner = _span(rows.to(dtype)) if is_wide else rows
+        design = designs[: len(rows)]
+        design[..., :-1] = inner
+        found = _fit(design, turned[: len(rows)], targets, inverse_regularisation, tolerance)
         own = found[:, :-1]
         if is_wide:
             own = torch.linalg.solve_triangular(inner.mT, own[..., None], upper=True)
-            own = (rows.mT @ own.to(dtype))[..., 0]
+            own = (rows.to(dtype).mT @ own)[..., 0]
         weight[part], bias[part] = own, found[:, -1]
     return Probes(weight, bias)
 
@@ -109,6 +115,7 @@ def _span(rows: Float[Tensor, "sites n width"]) -> Float[Tensor, "sites n n"]:
 
 def _fit(
     design: Float[Tensor, "sites n columns"],
+    turned: Float[Tensor, "sites columns n"],
     targets: Float[Tensor, " n"],
     factor: float,
     tolerance: float,
@@ -117,8 +124,9 @@ def _fit(
     limit = tolerance * factor * design.shape[1]
     ridge = design.new_ones(design.shape[2])
     ridge[-1] = 0.0
-    theta, is_done = _descend(design, targets, ridge, factor, limit)
-    found = theta.double()
+    descent = _Descent(design, turned, targets, ridge, factor)
+    is_done = descent.run(limit)
+    found = descent.theta.double()
     if not bool(is_done.all()):
         rest = ~is_done
         found[rest] = _newton(
@@ -127,56 +135,79 @@ def _fit(
     return found
 
 
-def _descend(
-    design: Tensor, targets: Tensor, ridge: Tensor, factor: float, limit: float
-) -> tuple[Tensor, Tensor]:
-    """Run preconditioned conjugate gradients; return the weights and which sites are done.
+class _Descent:
+    """Preconditioned conjugate gradients on many sites.
 
     The first steps are scaled by the Hessian's diagonal. They bring most margins to where they
-    end, and there the whole Hessian is inverted once, which makes the rest a few steps.
+    end, and there the whole Hessian is factorised once, which makes the rest a few steps.
     """
-    sites, n, columns = design.shape
-    theta, margins = design.new_zeros(sites, columns), design.new_zeros(sites, n)
-    turned = design.mT.contiguous()  # a row times a matrix is several times faster than a column
-    p = torch.sigmoid(margins)
-    gradient = factor * _rows_times(p - targets, design)
-    diagonal = (factor / 4) * (design * design).sum(dim=1) + ridge
-    inverse = None
-    way = old = old_slope = None
-    for step in range(_MAX_CONJUGATE_STEPS):
-        if bool((gradient.abs().amax(dim=-1) <= limit).all()):
-            break
-        if step % _REFRESH_STEPS == _WARM_STEPS:
-            inverse, way = _invert_hessian(design, factor * p * (1 - p), ridge), None
-        scaled = gradient / diagonal if inverse is None else _rows_times(gradient, inverse)
-        slope = (scaled * gradient).sum(-1, keepdim=True)
-        if way is None or old is None or old_slope is None:
-            way = -scaled
+
+    def __init__(
+        self, design: Tensor, turned: Tensor, targets: Tensor, ridge: Tensor, factor: float
+    ) -> None:
+        self.design, self.targets, self.ridge, self.factor = design, targets, ridge, factor
+        # A row times a matrix is several times faster than a matrix times a column.
+        self.turned = turned.copy_(design.mT)
+        self.theta = design.new_zeros(design.shape[0], design.shape[2])
+        self.margins = design.new_zeros(design.shape[:2])
+        self.p = torch.sigmoid(self.margins)
+        self.gradient = factor * _rows_times(self.p - targets, design)
+        squares = torch.linalg.vector_norm(turned, dim=2).square()
+        self.diagonal = (factor / 4) * squares + ridge
+        self.factors: Tensor | None = None
+        self.way: Tensor | None = None
+        self.old = self.gradient
+        self.slope = self.theta[:, :1]
+
+    def run(self, limit: float) -> Tensor:
+        """Descend until no gradient is above the limit; return which sites got there."""
+        for step in range(_MAX_CONJUGATE_STEPS):
+            is_near = self.gradient.abs().amax(dim=-1) <= limit
+            if bool(is_near.all()):
+                break
+            if step % _REFRESH_STEPS == _WARM_STEPS:
+                self.factorise()
+            self.step(is_near)
+        return self.gradient.abs().amax(dim=-1) <= limit
+
+    def factorise(self) -> None:
+        """Take the Hessian where the sites are as the new preconditioner, and start over."""
+        self.way = None
+        n, columns = self.design.shape[1:]
+        # It only steers the steps, so a share of the samples does where there are many.
+        stride = max(1, n // (_ROWS_PER_COLUMN * columns))
+        curvature = stride * self.factor * (self.p * (1 - self.p))[:, ::stride]
+        half = self.design[:, ::stride] * curvature.sqrt()[..., None]
+        hessian = half.mT @ half
+        # The intercept has no ridge; a hair of one keeps a saturated fit solvable.
+        hessian.diagonal(dim1=-2, dim2=-1).add_(self.ridge + 1e-6)
+        factors, info = torch.linalg.cholesky_ex(hessian)
+        self.factors = factors if bool((info == 0).all()) else None
+
+    def step(self, is_still: Tensor) -> None:
+        """Go one step, except at sites that stand still."""
+        gradient = self.gradient
+        if self.factors is None:
+            scaled = gradient / self.diagonal
         else:
+            scaled = torch.cholesky_solve(gradient[..., None], self.factors)[..., 0]
+        way = -scaled
+        if self.way is not None:
             # Polak and Ribiere's factor; below zero it starts over.
-            turn = ((scaled * (gradient - old)).sum(-1, keepdim=True) / old_slope).clamp(min=0)
-            way = torch.nan_to_num(turn) * way - scaled
+            turn = (scaled * (gradient - self.old)).sum(-1, keepdim=True) / self.slope
+            way = way + torch.where(turn > 0, turn, 0.0) * self.way
             is_up = (way * gradient).sum(-1, keepdim=True) >= 0
-            way = torch.where(is_up, -scaled, way)
-        old, old_slope = gradient, slope
-        moved = _rows_times(way, turned)
-        penalty = [(ridge * way * other).sum(-1, keepdim=True) for other in (theta, way)]
-        t = _search_line(margins, moved, targets, factor, *penalty)
-        theta, margins = theta + t * way, margins + t * moved
-        p = torch.sigmoid(margins)
-        gradient = factor * _rows_times(p - targets, design) + ridge * theta
-    return theta, gradient.abs().amax(dim=-1) <= limit
-
-
-def _invert_hessian(design: Tensor, curvature: Tensor, ridge: Tensor) -> Tensor | None:
-    """Return the inverse Hessian of each site, or None if one is too near to singular."""
-    half = design * curvature.sqrt()[..., None]
-    hessian = half.mT @ half
-    # The intercept has no ridge; a hair of one keeps a saturated fit solvable.
-    hessian.diagonal(dim1=-2, dim2=-1).add_(ridge + 1e-6)
-    factors, info = torch.linalg.cholesky_ex(hessian)
-    inverse: Tensor = torch.cholesky_inverse(factors)
-    return inverse if bool((info == 0).all()) else None
+            way = torch.where(is_up | ~way.isfinite(), -scaled, way)
+        self.way, self.old = way, gradient
+        self.slope = (scaled * gradient).sum(-1, keepdim=True)
+        moved = _rows_times(way, self.turned)
+        penalty = [(self.ridge * way * o).sum(-1, keepdim=True) for o in (self.theta, way)]
+        t = _search_line(self.margins, moved, self.targets, self.factor, *penalty)
+        t = torch.where(is_still[:, None], 0.0, t)
+        self.theta, self.margins = self.theta + t * way, self.margins + t * moved
+        self.p = torch.sigmoid(self.margins)
+        slope = self.factor * _rows_times(self.p - self.targets, self.design)
+        self.gradient = slope + self.ridge * self.theta
 
 
 def _search_line(  # noqa: PLR0917 - one line of the loss
