@@ -595,8 +595,10 @@ def build_page(records: Sequence[dict[str, Any]], facts: Mapping[str, Any]) -> s
         reached = [key[0] for key in large[1:] if reaches_goal(value, key)]
         verdict = f"The goal is reached by {', '.join(reached) or 'none of them'}."
         lines += ["", "## Behind a gate, on more samples", "", *table(value, large), "", verdict]
-    if (PAPER_BEST, "clearest") in settings:
-        lines += ["", *separation_lines(value), "", STUDY_NOTE]
+    if ("base", "full", "separation", "all") in value:
+        lines += ["", "## What strength alone can reach", "", *separation_lines(value)]
+    if (PAPER_BEST, "clearest", METRICS[0], "all") in value:
+        lines += ["", STUDY_NOTE]
     for title, starts in prefixes.items():
         keys = [key for key in settings if key[1].startswith(starts)]
         if keys:
@@ -712,8 +714,8 @@ def separation_lines(value: Values) -> list[str]:
         for one in [value[variant, setting, "separation", part]]
     ]
     text = (
-        "Why strength alone does not help: an unconditional revision is the same for every "
-        "request, so what it refuses is decided by how much a request tended to a refusal before. "
+        "An unconditional revision is the same for every request, so what it refuses follows "
+        "mostly from how much a request tended to a refusal before. "
         "How well that tendency (log odds of a refusal's first word) tells harmful pictures from "
         f"harmless ones with the same wordings, as area under the curve: {', '.join(areas)}. 0.5 "
         "is chance; 1 would let one strength refuse all of the first and none of the second."
@@ -743,8 +745,8 @@ def main() -> None:
     study_seeds = [] if options.without_studies else options.study_seeds or options.seeds
     found, broken = run(lab, options.seeds, options.variants, study_seeds)
     records = list(build_records(found, options.seeds, study_seeds))
-    if study_seeds:
-        records += build_separation_records(lab, study_seeds[0])
+    if not options.variants or PAPER_BEST in options.variants:
+        records += build_separation_records(lab, options.seeds[0])
     facts = {
         "command": describe_command(leave_out=("--work", "--out")),
         "model": options.model,
