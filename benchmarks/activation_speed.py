@@ -218,7 +218,9 @@ def measure_nnsight(vlm: VLM, options: argparse.Namespace) -> tuple[float, str, 
     from nnsight import NNsight  # noqa: PLC0415 - only if asked for
 
     text, samples = text_model(vlm), texts(options)
-    wrapped, layers = NNsight(text.model), text.layout.num_layers
+    # Equal weights in another copy: nnsight's wrapper stays on the modules and slows every pass.
+    wrapped = NNsight(text_model(load_vlm(options.model, dtype=options.dtype)).model)
+    layers = text.layout.num_layers
 
     def ours() -> Any:
         return capture_activations(
