@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from safebridge.activations.capture import capture_activations
 from safebridge.activations.gate import (
     PROBE_REGULARISATION,
     Gate,
@@ -13,7 +14,12 @@ from safebridge.activations.gate import (
     fit_gate,
     fit_scaled_probes,
 )
+from safebridge.activations.revision import Edit, apply_edits
+from safebridge.activations.scopes import TokenScope
+from safebridge.analysis.activation_layers import measure_activation_layers
+from safebridge.data.sample import Sample
 from safebridge.errors import DataError, SettingError, ShapeError
+from safebridge.testing.tiny import tiny_vlm
 
 
 def clouds(seed: int, n: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,3 +99,22 @@ def test_errors_say_what_to_do() -> None:
         choose_threshold(torch.ones(0), 0.1)
     with pytest.raises(ShapeError, match="or fit again"):
         fit_gate(harmful, harmless, **options).score(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_pass_that_reads_a_gate_is_not_what_is_captured(family: str) -> None:
+    vlm = tiny_vlm(family)
+    width, last = vlm.layout.hidden_size, vlm.layout.num_layers - 1
+    edits = [Edit("resid_out", 0, torch.ones(width))]
+    gate = Gate("probe", last, torch.zeros(width), torch.zeros(width), 0.0, -1.0)  # open to all
+    samples = [Sample(str(n), "How?" + "!" * n) for n in range(3)]
+    found = []
+    for condition in (None, gate):
+        with apply_edits(vlm, edits, scope=TokenScope("all"), gate=condition):
+            states = capture_activations(vlm, samples, layers=[0]).tensors["resid_out"]
+            lens = measure_activation_layers(vlm, samples)
+        found.append((states, lens.summary()))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert str(found[1][1]) == str(found[0][1])
+    plain = capture_activations(vlm, samples, layers=[0]).tensors["resid_out"]
+    torch.testing.assert_close(found[0][0], plain + 1, atol=1e-4, rtol=1e-4)

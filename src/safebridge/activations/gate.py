@@ -13,6 +13,7 @@ from torch import Tensor
 from safebridge.activations.probes import Probes, fit_probes
 from safebridge.activations.sites import hook_place
 from safebridge.errors import DataError, SettingError, ShapeError
+from safebridge.models.hooks import preliminary_pass
 from safebridge.models.load import VLM
 
 __all__ = ["GATE_KINDS", "Gate", "choose_threshold", "fit_gate", "fit_scaled_probes", "read_gate"]
@@ -204,7 +205,7 @@ def read_gate(
 
     handle = hook_place(vlm, "resid_out", gate.layer, stop)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), preliminary_pass():
             forward(**own, use_cache=False)
     except _GateReachedError as reached:
         hidden = reached.hidden

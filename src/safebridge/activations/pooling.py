@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safebridge.activations.sites import hook_place
+from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
 
 __all__ = ["AllSeenError", "Site", "answer_weights", "last_one", "pool_places"]
@@ -47,6 +48,8 @@ def pool_places(
     from_end = weights.shape[1] - weights.argmax(dim=1)
 
     def keep(site: Site, hidden: Tensor) -> None:
+        if is_preliminary():
+            return
         if is_one:
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             state = hidden[rows, hidden.shape[1] - from_end.to(hidden.device)].float()

@@ -19,6 +19,7 @@ from safebridge.methods.text_guided_alignment.states import (
     shorten_logits,
 )
 from safebridge.models.generate import generate_answers
+from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode, find_stop_token_ids
 
@@ -435,7 +436,8 @@ def _capture_stream(vlm: VLM) -> Iterator[list[Tensor]]:
     """Collect the input of the first layer and the output of every layer of one pass."""
 
     def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
+        if not is_preliminary():
+            stream.append(args[0] if args else kwargs["hidden_states"])
 
     first = vlm.layout.layer(vlm.model, 0)
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)

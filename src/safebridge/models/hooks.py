@@ -4,7 +4,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,39 @@ from safebridge.errors import ShapeError
 __all__ = [
     "capture_input",
     "capture_output",
+    "is_preliminary",
     "name_arguments",
+    "preliminary_pass",
     "replace_input",
     "replace_method",
     "replace_output",
     "set_on_instance",
 ]
+
+
+_IS_PRELIMINARY: Final = ContextVar("is_preliminary", default=False)
+
+
+@contextmanager
+def preliminary_pass() -> Iterator[None]:
+    """Mark a pass that a defense makes before the one it was asked for, e.g. to read a gate.
+
+    Hooks that read activations look away meanwhile: what they were put there for is the pass
+    that comes.
+
+    Yields:
+        Nothing.
+    """
+    token = _IS_PRELIMINARY.set(True)
+    try:
+        yield
+    finally:
+        _IS_PRELIMINARY.reset(token)
+
+
+def is_preliminary() -> bool:
+    """Say whether a pass marked by `preliminary_pass` is running."""
+    return _IS_PRELIMINARY.get()
 
 
 @contextmanager
@@ -93,7 +121,8 @@ def capture_output(module: nn.Module) -> Iterator[list[Tensor]]:
     captured: list[Tensor] = []
 
     def hook(owner: nn.Module, _args: Any, output: Any) -> None:
-        captured.append(_first(output, owner))
+        if not is_preliminary():
+            captured.append(_first(output, owner))
 
     handle = module.register_forward_hook(hook)
     try:
@@ -115,7 +144,8 @@ def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
     captured: list[Tensor] = []
 
     def hook(owner: nn.Module, args: tuple[Any, ...]) -> None:
-        captured.append(_first(args, owner))
+        if not is_preliminary():
+            captured.append(_first(args, owner))
 
     handle = module.register_forward_pre_hook(hook)
     try:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from safebridge.methods.text_guided_alignment.objective import pool_span
+from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
 
@@ -35,7 +36,8 @@ def capture_layers(vlm: VLM, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+        if not is_preliminary():
+            states.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as stack:
         for layer in layers:
