@@ -1,7 +1,11 @@
 r"""Diagnose the embedded model and recompute MSTS: writes docs/results/diagnosis.{md,json}.
 
-    python benchmarks/diagnosis_results.py --defense runs/security-tensors \
-        --defense runs/activation-revision --defense runs/text-guided-alignment
+    python benchmarks/diagnosis_results.py --defense demo-results/artifact \
+        --defense build/activation-revision/RUN/chosen-head-mr-mms-gated \
+        --defense build/text-guided-alignment/shipped-validation/no-prefix-0
+
+The defenses are what `make demo`, `benchmarks/activation_revision_results.py` and
+`benchmarks/text_guided_alignment_results.py --start shipped --split validation` leave behind.
 
 It takes about eight minutes on two cores with three defenses, and keeps the figures it made under
 docs/results/diagnosis/. Everything is asked on the validation split.
@@ -15,6 +19,7 @@ of the prompts and the gap on the other half; no text of the data set is written
 import argparse
 import csv
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -182,7 +187,7 @@ def _record(  # noqa: PLR0917 - the fields of a record, in their order
 
 def diagnose(model: str, defenses: Sequence[Path], out: Path, sizes: Sequence[str]) -> float:
     """Run the command and return its seconds."""
-    words = ["diagnose", model, "--out", str(out), *sizes]
+    words = ["diagnose", model, "--out", os.path.relpath(out), *sizes]
     for folder in defenses:
         words += ["--defense", str(folder)]
     start = time.perf_counter()
@@ -202,7 +207,8 @@ def render(
             f"`{summary['command']}` on `{summary['model']['name']}`: {seconds:.0f} seconds on "
             f"{summary['hardware']['cores']} cores, {summary['samples']['harmful']} harmful and "
             f"{summary['samples']['harmless']} harmless requests of the "
-            f"{summary['config']['split']} split. Every number is in `diagnosis.json`."
+            f"{summary['config']['split']} split. Every number is in `diagnosis.json`. The "
+            "docstring of `benchmarks/diagnosis_results.py` says where the defenses come from."
         ),
         "",
         "## Verdict",

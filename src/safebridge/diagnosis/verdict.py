@@ -110,15 +110,14 @@ def _where(figures: Figures) -> Iterator[Finding]:
     elif picture is None:
         yield Finding(
             "where",
-            f"Harmful text stands apart in layers {_band(text)}, widest after layer {text.peak}; "
+            f"Harmful text stands apart in {_band(text)}, widest after layer {text.peak}; "
             "harmful pictures stand apart in no layer.",
             peaks,
         )
     else:
         yield Finding(
             "where",
-            f"Harmful text stands apart in layers {_band(text)} and harmful pictures in layers "
-            f"{_band(picture)}.",
+            f"Harmful text stands apart in {_band(text)} and harmful pictures in {_band(picture)}.",
             peaks,
         )
     if figures.sweep is not None:
@@ -324,7 +323,8 @@ def _peak(figure: CurveFigure, name: str, unit: str) -> str:
 
 
 def _band(band: SafetyRange) -> str:
-    return f"{band.first} to {band.last}" if band.first != band.last else str(band.first)
+    is_one = band.first == band.last
+    return f"layer {band.first}" if is_one else f"layers {band.first} to {band.last}"
 
 
 def _list_counts(pairs: Sequence[tuple[int, int]]) -> str:
