@@ -367,9 +367,10 @@ def build_page(
 
 def _introduction(facts: Mapping[str, Any]) -> list[str]:
     seeds, studied = (", ".join(map(str, facts[name])) for name in ("seeds", "study_seeds"))
+    few = "".join(f"{name} and " for name in facts["also_study"]).rstrip()
     text = (
         f"Made by `{facts['command']}` on {facts['model']} (fingerprint "
-        f"{facts['fingerprint'][:8]}), seeds {seeds} (what is not `full`: {studied}), split "
+        f"{facts['fingerprint'][:8]}), seeds {seeds} ({few} what is not `full`: {studied}), split "
         f"`{facts['split']}`: drawing styles and wordings that took no part in the fit. The best "
         "epoch was chosen on the validation split. "
         "Greedy answers of 14 tokens, judged by rules whose error stands in [the judges' "
@@ -516,6 +517,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--study-seeds", type=int, nargs="+", default=[], help="default: --seeds")
+    parser.add_argument(
+        "--also-study",
+        nargs="+",
+        default=[],
+        metavar="VARIANT/SETTING",
+        help="rows that take the seeds of the studies",
+    )
     parser.add_argument("--rows", nargs="+", default=[], metavar="VARIANT/SETTING")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     for name, default in asdict(Sizes()).items():
@@ -532,7 +540,10 @@ def main() -> None:
     laboratory = Laboratory(arguments.model, arguments.work, sizes, arguments.split)
     base = laboratory.measure(None, 0)
     study_seeds = arguments.study_seeds or arguments.seeds
-    seeds = {row.key: study_seeds if row.is_study else arguments.seeds for row in rows}
+    few = {row.key for row in choose(rows, arguments.also_study)} if arguments.also_study else set()
+    seeds = {
+        row.key: study_seeds if row.is_study or row.key in few else arguments.seeds for row in rows
+    }
     found: dict[tuple[str, str], list[dict[str, Any]]] = {row.key: [] for row in rows}
     for seed in sorted({*arguments.seeds, *study_seeds}):  # a stopped run has the first seeds
         for row in rows:
@@ -545,6 +556,7 @@ def main() -> None:
         "fingerprint": laboratory.vlm.fingerprint,
         "seeds": arguments.seeds,
         "study_seeds": study_seeds,
+        "also_study": arguments.also_study,
         "split": arguments.split,
         "separability": laboratory.separability,
     }
