@@ -299,11 +299,7 @@ class Laboratory:
         `factor` times as many samples are asked as usual.
         """
         split = split or self.split
-        key = "base"
-        if method is not None:
-            details = method.metadata.details
-            gate = [details["gate"]] if "gate" in details else []
-            key = digest([method.config.to_dict(), details["samples_sha256"], *gate])
+        key = key_of(method)
         times = "" if factor == 1 else f"-x{factor}"
         path = self.work / f"measure-{split}-{medium}-{key}{times}.json"
         if not path.is_file():
@@ -363,10 +359,7 @@ class Laboratory:
 
     def odds(self, method: ActivationRevision | None) -> list[Any]:
         """Return how much the first word of each answer tends to a refusal, as log odds."""
-        key = "base"
-        if method is not None:
-            key = digest([method.config.to_dict(), method.metadata.details["samples_sha256"]])
-        path = self.work / f"odds-{self.split}-{key}.json"
+        path = self.work / f"odds-{self.split}-{key_of(method)}.json"
         if not path.is_file():
             load = partial(load_samples, split=self.split, limit=self.sizes.test)
             samples = [
@@ -401,6 +394,15 @@ class Laboratory:
 
 Cells = list[dict[str, list[Any]]]
 Found = dict[tuple[str, str], Cells]
+
+
+def key_of(method: ActivationRevision | None) -> str:
+    """Return a name for what is applied: settings, samples and, where there is one, the gate."""
+    if method is None:
+        return "base"
+    details = method.metadata.details
+    gate = [details["gate"]] if "gate" in details else []
+    return digest([method.config.to_dict(), details["samples_sha256"], *gate])
 
 
 def to_measured(outcomes: Mapping[str, list[Any]]) -> Measured:

@@ -208,7 +208,9 @@ def render(
             f"{summary['hardware']['cores']} cores, {summary['samples']['harmful']} harmful and "
             f"{summary['samples']['harmless']} harmless requests of the "
             f"{summary['config']['split']} split. Every number is in `diagnosis.json`. The "
-            "docstring of `benchmarks/diagnosis_results.py` says where the defenses come from."
+            "docstring of `benchmarks/diagnosis_results.py` says where the defenses come from. "
+            "Defenses may have been tuned on this split; their test numbers stand on their own "
+            "pages."
         ),
         "",
         "## Verdict",

@@ -55,8 +55,12 @@ FULL: Final = SecurityTensorsConfig(
     max_answer_tokens=4,
     weight_tcb=3.0,
 )
-"""Chosen on the validation split; what is not said here is the default. No visual step size from
-0.02 to 0.3 closed the gap there: from 0.08 on naming falls faster than harm is refused."""
+"""The textual part was chosen on the validation split; what is not said here is the default."""
+SETTINGS_NOTE: Final = (
+    "The textual settings were chosen on the validation split. The visual ones were hardly "
+    "searched: step sizes of 0.08 and 0.3 were tried on validation and refused 10 % at most, while "
+    "naming fell; 0.02 had been seen on the test split before; 0.04 lies between."
+)
 
 LENGTHS: Final = (1, 4, 10, 30, 100, 300)
 SIZES: Final = (50, 100)
@@ -367,17 +371,17 @@ def build_page(
 
 def _introduction(facts: Mapping[str, Any]) -> list[str]:
     seeds, studied = (", ".join(map(str, facts[name])) for name in ("seeds", "study_seeds"))
-    few = "".join(f"{name} and " for name in facts["also_study"]).rstrip()
+    few = " and ".join([*facts["also_study"], "what is not `full`"])
     text = (
         f"Made by `{facts['command']}` on {facts['model']} (fingerprint "
-        f"{facts['fingerprint'][:8]}), seeds {seeds} ({few} what is not `full`: {studied}), split "
+        f"{facts['fingerprint'][:8]}), seeds {seeds} ({few}: {studied}), split "
         f"`{facts['split']}`: drawing styles and wordings that took no part in the fit. The best "
         "epoch was chosen on the validation split. "
         "Greedy answers of 14 tokens, judged by rules whose error stands in [the judges' "
         "page](../judges.md). Rates are pooled over the seeds; intervals are 95 %, with answers "
         "about one thing taken as one cluster."
     )
-    return [text, "", _separability_line(facts["separability"])]
+    return [text, "", SETTINGS_NOTE, "", _separability_line(facts["separability"])]
 
 
 def _table(

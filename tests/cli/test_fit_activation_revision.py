@@ -75,3 +75,6 @@ def test_errors_exit_with_what_to_do(
     assert "use another --strategy" in capsys.readouterr().err
     assert fit(data, tmp_path / "a", "--responses", "0") == 2
     assert "must be 1 or more" in capsys.readouterr().err
+    for option in ("--benign", "--harmful"):  # would be read by nothing
+        assert fit(data, tmp_path / "a", option, str(data)) == 2
+        assert "Give --gate probe" in capsys.readouterr().err

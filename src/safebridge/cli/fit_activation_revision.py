@@ -85,6 +85,11 @@ def fit(arguments: argparse.Namespace) -> list[str]:
     config = read_config(ActivationRevisionConfig, arguments.config, vars(arguments))
     if arguments.responses < 1:
         raise DataError(f"--responses must be 1 or more, found {arguments.responses}.")
+    if config.gate == "none" and (arguments.benign or arguments.harmful):
+        raise DataError(
+            "--benign and --harmful are for a gate, and there is none. Give --gate probe or "
+            "--gate cosine, or leave them out."
+        )
 
     from safebridge.data.files import load_samples  # noqa: PLC0415 - torch is slow to import
     from safebridge.methods.activation_revision.method import (  # noqa: PLC0415 - likewise

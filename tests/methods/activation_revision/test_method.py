@@ -403,6 +403,8 @@ def test_wrong_samples_and_strengths_are_refused(
     gated = ActivationRevisionConfig(gate="cosine")
     with pytest.raises(DataError, match="Pass benign"):
         ActivationRevision.fit(vlm, answered, gated, benign=benign[:1])
+    with pytest.raises(SettingError, match="are for a gate"):
+        ActivationRevision.fit(vlm, answered, harmful=benign)
     with pytest.raises(DataError, match="name the read_position"):
         ActivationRevision.fit(vlm, [*answered[1:], replace(answered[0], answer=None)])
     with (

@@ -112,9 +112,14 @@ class ActivationRevision(FittedMethod[ActivationRevisionConfig]):
         Raises:
             DataError: If the groups are not contrastive, answers are missing, or a gate has no
                 benign samples.
-            SettingError: If settings do not go together.
+            SettingError: If settings do not go together, or there is no gate for `harmful`.
         """
         config = config or ActivationRevisionConfig()
+        if harmful and config.gate == "none":
+            raise SettingError(
+                "harmful=... requests are for a gate, and there is none. Set gate=... or leave "
+                "them out."
+            )
         samples = check_groups(samples)
         position = _read_position(samples, config)
         layers = choose_layers(vlm, [*samples, *reference], None)
