@@ -52,6 +52,7 @@ GOALS = {
     "decode-overhead": 1.03,
     "hook-vs-steering-vectors": 1.0,
     "hook-vs-repeng": 1.0,
+    "hook-vs-aisteer360": 1.0,
     "capture-vs-nnsight": 2.0,
     "capture-vs-aisteer360": 2.0,
     "probes-vs-sklearn": 20.0,
@@ -195,6 +196,45 @@ def measure_repeng(vlm: VLM, options: argparse.Namespace) -> tuple[float, str, s
     return hooks_added(vlm, options, Steered), "repeng", metadata.version("repeng")
 
 
+def measure_aisteer360_hooks(vlm: VLM, options: argparse.Namespace) -> tuple[float, str, str]:
+    """Compare the hooks with AISteer360's activation adapter."""
+    from aisteer360.algorithms.state_control._common.steering_vector import (  # noqa: PLC0415 - only if asked for
+        SteeringVector,
+    )
+    from aisteer360.algorithms.state_control._common.transforms.additive import (  # noqa: PLC0415
+        AdditiveTransform,
+    )
+    from aisteer360.algorithms.state_control.activation_adapter.control import (  # noqa: PLC0415
+        ActivationAdapter,
+    )
+
+    controls: dict[int, Any] = {}
+
+    def prepare(text: VLM, edits: list[Edit]) -> Any:
+        directions = {edit.layer: edit.shift[None] for edit in edits}
+        vector = SteeringVector(model_type=text.model.config.model_type, directions=directions)
+        control = ActivationAdapter(
+            transform=AdditiveTransform(vector, strength=1.0),
+            layer_ids=sorted(directions),
+            token_scope="all",  # noqa: S106 - no password
+        )
+        control.steer(text.model, tokenizer=None)
+        return control
+
+    def steer(text: VLM, edits: list[Edit]) -> Any:
+        # As its pipeline does: prepared once, and before each generation what follows.
+        if id(text) not in controls:
+            controls[id(text)] = prepare(text, edits)
+        control = controls[id(text)]
+        control.reset()
+        one = torch.zeros(1, 1, dtype=torch.long)  # a single prompt, of which all tokens are meant
+        control.set_hooks(control.get_hooks(one, {}, attention_mask=None))
+        control._model_ref = text.model  # noqa: SLF001 - as its pipeline sets it
+        return control
+
+    return hooks_added(vlm, options, steer), "AISteer360", options.aisteer360_version
+
+
 def texts(options: argparse.Namespace) -> list[Sample]:
     """Return groups of six responses to text requests."""
     requests = load_samples("harmful_text", "fit", limit=max(2, options.samples // 6))
@@ -320,6 +360,7 @@ MEASURES = {
     "decode-overhead": (measure_overhead, None),
     "hook-vs-steering-vectors": (measure_steering_vectors, "steering_vectors"),
     "hook-vs-repeng": (measure_repeng, "repeng"),
+    "hook-vs-aisteer360": (measure_aisteer360_hooks, "aisteer360"),
     "capture-vs-nnsight": (measure_nnsight, "nnsight"),
     "capture-vs-aisteer360": (measure_aisteer360, "aisteer360"),
     "probes-vs-sklearn": (measure_sklearn, "sklearn"),

@@ -74,6 +74,49 @@ def test_empty_spans_give_zero_and_no_nan(form: str, empty: str) -> None:
         assert leaf.grad.isfinite().all()
 
 
+def test_what_all_states_share_counts_for_nothing_when_centred() -> None:
+    shared = 100.0 * torch.ones(LAYERS, 1, HIDDEN)
+    own = [draw(seed) for seed in range(3)]
+    moved = [shared + state for state in own]
+    raw, hidden = guide_terms(*own), guide_terms(*moved)
+    assert (hidden.cosine > 0.99).all()
+    assert (raw.cosine < 0.99).all()
+    centred, centred_moved = (guide_terms(*given, centre="captions") for given in (own, moved))
+    torch.testing.assert_close(centred_moved.align, centred.align, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(centred_moved.pair, centred.pair, atol=1e-3, rtol=1e-3)
+    mean = own[1].mean(dim=1)
+    near = [cosine(own[0][layer, 2] - mean[layer], own[1][layer, 2] - mean[layer])
+            for layer in range(LAYERS)]  # fmt: skip
+    assert centred.align[2].item() == pytest.approx(-sum(near) / LAYERS, abs=1e-5)
+
+
+def test_equal_captions_have_no_direction_from_their_mean() -> None:
+    image, retrieved = draw(0).requires_grad_(), draw(2)
+    caption = draw(1)[:, :1].expand(-1, BATCH, -1)
+    terms = guide_terms(image, caption, retrieved, centre="captions")
+    (terms.align.sum() + terms.pair.sum()).backward()
+    assert not terms.is_aligned.any()
+    assert not terms.is_paired.any()
+    assert terms.align.eq(0).all()
+    assert image.grad is not None
+    assert image.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("empty", ["image", "caption", "retrieved"])
+def test_an_empty_span_stays_empty_when_centred(empty: str) -> None:
+    given = {"image": draw(0), "caption": draw(1), "retrieved": draw(2)}
+    given[empty][:, 1] = 0.0
+    leaves = {name: value.requires_grad_() for name, value in given.items()}
+    terms = guide_terms(**leaves, centre="captions")
+    (terms.align.sum() + terms.pair.sum()).backward()
+    assert terms.pair[1] == 0
+    assert not terms.is_paired[1]
+    assert bool(terms.is_aligned[1]) == (empty == "retrieved")
+    for leaf in leaves.values():
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
 def test_without_retrieved_texts_there_is_no_pair_term() -> None:
     terms = guide_terms(draw(0), draw(1), None)
     assert not terms.is_paired.any()

@@ -12,6 +12,7 @@ __all__ = ["TextGuidedAlignmentConfig", "parse_layers"]
 _CHOICES: Final = {
     "form": ("paper", "repository"),
     "reduction": ("mean", "sum"),
+    "centre": ("none", "captions"),
     "pooling": ("mean", "last"),
     "retrieved": ("prefix", "text_pass", "none"),
     "teacher": ("current", "base"),
@@ -62,6 +63,11 @@ class TextGuidedAlignmentConfig:
 
     reduction: str = "mean"
     """How the layers are put together: "mean" (repository) or "sum" (paper)."""
+
+    centre: str = "none"
+    """What is subtracted from all states before they are compared: "none" (paper, repository) or
+    the mean of the batch's "captions", because in most models a few features that all states share
+    decide the cosine. Wants batches of ten captions or more."""
 
     align_weight: float = 1.0
     """Factor of the term that draws a picture's states to its caption's; 0 leaves it out."""

@@ -253,6 +253,7 @@ class GuidedEngine:
             retrieved,
             form=config.form,
             reduction=config.reduction,
+            centre=config.centre,
             progress=progress,
         )
 

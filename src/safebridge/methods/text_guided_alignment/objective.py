@@ -15,6 +15,8 @@ __all__ = ["GuideTerms", "answer_cross_entropy", "build_batches", "guide_terms",
 
 _REPOSITORY_ALIGN: Final = 0.25
 _REPOSITORY_PAIR: Final = 0.10
+_LEAST_DISTANCE: Final = 1e-3
+"""Share of its length by which a caption must differ from the mean to have a direction from it."""
 _JITTER: Final = 0.25  # relative noise on the lengths, so that batches differ between epochs
 
 
@@ -73,6 +75,7 @@ def guide_terms(
     *,
     form: str = "paper",
     reduction: str = "mean",
+    centre: str = "none",
     progress: float = 0.0,
 ) -> GuideTerms:
     r"""Compute the guide loss of each sample from pooled states.
@@ -89,6 +92,9 @@ def guide_terms(
         retrieved: Pooled states of the retrieved texts, or None for no pair term.
         form: "paper" or "repository".
         reduction: "mean" or "sum" over the layers.
+        centre: "none", or "captions" to subtract the mean of the batch's captions, layer by
+            layer, from all states first. What all states of a layer share then counts for
+            nothing; a caption that is the mean has no direction, and its sample no terms.
         progress: The share $\tau$ of the run that is over, in [0, 1]; for the repository's
             falling weights.
 
@@ -99,14 +105,21 @@ def guide_terms(
         Xu et al. 2024, "Cross-Modal Safety Mechanism Transfer in Large Vision-Language
         Models" (arXiv:2410.12662) for the paper's form, which sums over the layers; the
         repository xsc1234/VLM_Safety_Transfer for the other, which takes their mean, and
-        there has no gradient at all.
+        there has no gradient at all. `centre` is ours.
     """
     is_aligned = _is_filled(image) & _is_filled(caption)
+    is_retrieved = is_aligned if retrieved is None else _is_filled(retrieved)
+    if centre == "captions" and bool(is_aligned.any()):
+        mean = caption[:, is_aligned].mean(dim=1, keepdim=True).detach()
+        distance = (caption - mean).norm(dim=-1) / caption.norm(dim=-1).clamp(min=1e-9)
+        is_aligned = is_aligned & (distance > _LEAST_DISTANCE).all(dim=0)
+        image, caption = image - mean, caption - mean
+        retrieved = None if retrieved is None else retrieved - mean
     near = _cosine(image, caption, is_aligned)
     if retrieved is None:
         is_paired, far = torch.zeros_like(is_aligned), torch.zeros_like(near)
     else:
-        is_paired = is_aligned & _is_filled(retrieved)
+        is_paired = is_aligned & is_retrieved
         far = _cosine(retrieved, caption, is_paired)
     if form == "paper":
         align, pair = -near, functional.softplus(far - near)
