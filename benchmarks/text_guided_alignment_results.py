@@ -124,6 +124,11 @@ VARIANTS = (
         "the captions' mean subtracted first, weights of 3",
         {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0},
     ),
+    Variant(
+        "centred-middle",
+        "the captions' mean subtracted first, weights of 3, layers 28 % to 56 %",
+        {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0, "layers": "0.28-0.56"},
+    ),
     Variant("last-token", "last token of each span", {"pooling": "last"}),
     Variant("bare-caption", "the thing alone as caption", {}, caption="{}"),
     Variant("lora-plain", "adapters, cross-entropy alone", {**PLAIN, **LORA}),
@@ -143,6 +148,8 @@ class Sizes:
     split: str
     steps: int
     batch_size: int
+    learning_rate: float
+    """Of the projector; adapters keep the method's own."""
     warm_steps: int
     instructions: int
     limit: int
@@ -154,6 +161,7 @@ class Sizes:
             "epochs": 1_000,
             "max_steps": self.steps,
             "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
             "warmup_steps": max(1, self.steps // 30),
             "seed": seed,
         }
@@ -548,10 +556,11 @@ def render(records: Sequence[Row], sizes: Sizes, command: str) -> str:
     """Return the page."""
     about = (
         f"The embedded model, {STARTS[sizes.start]}; split `{sizes.split}`, "
-        f"{sizes.steps} steps of {sizes.batch_size}, up to {sizes.limit} requests for each number, "
-        "intervals of 95 % clustered by concept. No sample says that a picture should be refused, "
-        "and pictures of the held-out categories have no part in the guide loss. Cosines come with "
-        "the lowest and the highest of the seeds."
+        f"{sizes.steps} steps of {sizes.batch_size} at a step size of {sizes.learning_rate:g}, "
+        f"up to {sizes.limit} requests for each number, intervals of 95 % clustered by concept. "
+        "No sample says that a picture should be refused, and pictures of the held-out categories "
+        "have no part in the guide loss. Cosines come with the lowest and the highest of the "
+        "seeds."
     )
     lines = [
         "# Results: text-guided alignment",
@@ -720,6 +729,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=[], help="only these; default: all")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the projector")
     parser.add_argument("--warm-steps", type=int, default=1200)
     parser.add_argument("--instructions", type=int, default=1600)
     parser.add_argument("--limit", type=int, default=300, help="requests for each number")
@@ -731,6 +741,7 @@ def main() -> None:
         split=options.split,
         steps=options.steps,
         batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
         warm_steps=options.warm_steps,
         instructions=options.instructions,
         limit=options.limit,
