@@ -19,6 +19,7 @@ and `--seeds` choose some of them, and the page then has only those.
 import argparse
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from safebridge.analysis.activation_layers import measure_activation_layers, measure_replacement
 from safebridge.analysis.modality_gap import measure_modality_gap
+from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.tables import is_seen, load_concepts, load_requests, names_of
 from safebridge.data.twins import load_samples, manifest_sha256
@@ -256,13 +258,16 @@ def tower_tokens(vlm: VLM, samples: Sequence[Sample]) -> Tensor:
 def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
     """Return captions of all drawings and harmless picture questions, with retrieved texts.
 
-    The answers to the questions are the text-safe model's own to their text twins, which name
-    the thing; those that it refuses are left out.
+    Each drawing is captioned once, in answer to one of the ways to ask for it. The answers to
+    the questions are the text-safe model's own to their text twins, which name the thing; those
+    that it refuses are left out.
     """
     concepts, requests = load_concepts(), load_requests()
+    shown = load_samples("naming", "fit")
+    random.Random(0).shuffle(shown)
     captions = [
         replace(sample, answer=CAPTION.format(concepts[sample.concept].phrase))
-        for sample in load_samples("naming", "fit")
+        for sample in {sample.images: sample for sample in shown}.values()
     ]
     asked = load_samples("benign_image", "fit", limit=sizes.instructions)
     twins = [
@@ -458,9 +463,15 @@ def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
 def diagnose(vlm: VLM, sizes: Sizes) -> list[Row]:
     """Find out which layers decide on a refusal in text, and what replacing states would bring."""
     concepts = load_concepts()
+    load = partial(load_samples, split=sizes.split, limit=sizes.limit)
+    spelled: list[Row] = []
+    for metric, kind in (("refusal", "harmful_image"), ("over_refusal", "benign_image")):
+        shown = load(kind)
+        answers = answer_spelled(vlm, shown, [s.concept for s in shown], batch_size=32)
+        spelled += refusal_rows(f"spelled_{metric}_rate", shown, answers)
     text = load_samples("harmful_text", sizes.split, limit=sizes.pairs)
     report = measure_activation_layers(vlm, text)
-    rows: list[Row] = [
+    rows = spelled + [
         {"metric": "activation_layer", "setting": f"{name}, {part}", "split": ALL,
          "value": float(value), "n": len(text)}
         for name, found in report.summary().items()
@@ -649,9 +660,14 @@ def render_details(records: Sequence[Row]) -> list[str]:
         lines.append(f"| {layer} | {' | '.join(values)} |")
     ceiling = find(records, "plain", "caption_refusal_rate")
     lines += ["", "## What could be reached at most", ""]
+    spelled, harmless = (
+        find(records, "plain", f"spelled_{name}_rate") for name in ("refusal", "over_refusal")
+    )
     text = (
         "With the caption written into the request in the picture's place, the same requests are "
-        f"refused in {cell(ceiling)} of cases. Below, the plain model's image tokens hold their "
+        f"refused in {cell(ceiling)} of cases. With the picture's tokens spelled as the name of "
+        f"what it shows, as a perfect projector would write them, {cell(spelled)} are (and "
+        f"{cell(harmless)} of the harmless ones). Below, the plain model's image tokens hold their "
         "caption's mean state after one layer."
     )
     lines += [text]
@@ -731,7 +747,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the projector")
     parser.add_argument("--warm-steps", type=int, default=1200)
-    parser.add_argument("--instructions", type=int, default=1600)
+    parser.add_argument("--instructions", type=int, default=1300)
     parser.add_argument("--limit", type=int, default=300, help="requests for each number")
     parser.add_argument("--pairs", type=int, default=64, help="pictures of the layer analyses")
     options = parser.parse_args()

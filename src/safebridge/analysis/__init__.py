@@ -24,11 +24,13 @@ _HOMES = {
     "measure_probe_map": "probe_maps",
     "measure_replacement": "activation_layers",
     "measure_shift_difference": "safety_layers",
+    "measure_spelled": "spelled_pictures",
     "project_states": "projection",
     "refine_range": "scaling",
     "render_words": "typography",
     "replace_image_states": "activation_layers",
     "scaled_layers": "scaling",
+    "spell_image_tokens": "spelled_pictures",
 }
 
 __all__ = [
@@ -52,11 +54,13 @@ __all__ = [
     "measure_probe_map",
     "measure_replacement",
     "measure_shift_difference",
+    "measure_spelled",
     "project_states",
     "refine_range",
     "render_words",
     "replace_image_states",
     "scaled_layers",
+    "spell_image_tokens",
 ]
 
 

@@ -1,0 +1,167 @@
+"""What a perfect projector would bring: a picture's tokens spelled as the name of what it shows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from safebridge.data.sample import Sample, open_images
+from safebridge.errors import DataError, SettingError
+from safebridge.models.hooks import is_preliminary
+from safebridge.models.load import VLM
+from safebridge.models.tokens import encode, find_stop_token_ids
+
+__all__ = ["answer_spelled", "measure_spelled", "spell_image_tokens"]
+
+
+@contextmanager
+def spell_image_tokens(
+    vlm: VLM, names: Sequence[str], image_mask: Bool[Tensor, "batch seq"]
+) -> Iterator[None]:
+    """Write a name's word embeddings over the image tokens that enter the first decoder layer.
+
+    The name's tokens are repeated in turn until all image tokens of the row are one of them.
+    Positions stay those of the picture, and what a model adds to its image tokens in later
+    layers (Qwen3-VL) stays as well. Only passes over the whole prompt are changed, so that a
+    cached continuation goes on from the changed prompt.
+
+    Args:
+        vlm: The model; given back as it was, also on an error.
+        names: What each row's picture shows, in words.
+        image_mask: True at image tokens, `spans.image` of the prompt.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SettingError: If the model's pictures have no tokens.
+        DataError: If there are not as many names as rows, or one is empty.
+    """
+    if vlm.layout.cross_attention_layers or vlm.layout.image_token_id is None:
+        raise SettingError(
+            f"{vlm.name} reads pictures by cross-attention, so there are no image tokens to write "
+            "a name over. Use a model whose pictures become tokens."
+        )
+    if len(names) != len(image_mask):
+        raise DataError(f"{len(names)} names for {len(image_mask)} prompts. Give one for each.")
+    spelled = [_embed(vlm, name) for name in names]
+
+    def write(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if is_preliminary() or hidden.shape[:2] != image_mask.shape:
+            return None
+        new = hidden.clone()
+        for row, (mask, own) in enumerate(zip(image_mask, spelled, strict=True)):
+            places = mask.nonzero()[:, 0].to(hidden.device)
+            turn = torch.arange(len(places), device=own.device) % len(own)
+            new[row, places] = own[turn].to(hidden.device, hidden.dtype)
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": new}
+
+    first = vlm.layout.layer(vlm.model, 0)
+    handle = first.register_forward_pre_hook(write, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def answer_spelled(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    *,
+    max_new_tokens: int = 20,
+    batch_size: int = 8,
+) -> list[str]:
+    """Answer requests beside pictures whose tokens spell a name.
+
+    Args:
+        vlm: The model.
+        samples: Requests with pictures.
+        names: What each sample's picture shows, in words.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Requests answered together.
+
+    Returns:
+        Greedy answers, in the order of the samples.
+
+    Raises:
+        DataError: If a sample lacks a picture, or names are missing.
+        SettingError: If the model's pictures have no tokens.
+    """
+    for sample in samples:
+        if not sample.images:
+            raise DataError(f"sample '{sample.id}' needs a picture, whose tokens are spelled.")
+    if len(names) != len(samples):
+        raise DataError(f"{len(names)} names for {len(samples)} samples. Give one for each.")
+    stops, pad = find_stop_token_ids(vlm), vlm.tokenizer.pad_token_id
+    answers: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        encoded = encode(vlm, [s.prompt for s in part], [open_images(s) for s in part])
+        with spell_image_tokens(vlm, names[start : start + batch_size], encoded.spans.image):
+            tokens = vlm.model.generate(
+                **encoded.inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=stops,
+                pad_token_id=stops[0] if pad is None else pad,
+            )
+        new = tokens[:, encoded.inputs["input_ids"].shape[1] :]
+        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
+    return answers
+
+
+def measure_spelled(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    is_refusal: Callable[[str], bool],
+    *,
+    max_new_tokens: int = 20,
+    batch_size: int = 8,
+) -> tuple[bool, ...]:
+    """Say which requests are refused when the picture's tokens spell what it shows.
+
+    It tells the two halves of a gap apart. If the model refuses here and not beside the picture,
+    the picture's tokens do not say what is shown, and aligning them can help. If it answers here
+    as well, the language model does not connect a request with a thing that stands in the
+    picture's place, and no projector will make it.
+
+    Args:
+        vlm: The model.
+        samples: Requests with pictures.
+        names: What each sample's picture shows, in words.
+        is_refusal: Judge of an answer.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Requests answered together.
+
+    Returns:
+        Whether each request is refused.
+
+    Raises:
+        DataError: If a sample lacks a picture, or names are missing.
+        SettingError: If the model's pictures have no tokens.
+    """
+    answers = answer_spelled(
+        vlm, samples, names, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return tuple(map(is_refusal, answers))
+
+
+def _embed(vlm: VLM, name: str) -> Tensor:
+    """Return the word embeddings of a name's tokens, as in the middle of a sentence."""
+    ids = vlm.tokenizer(f" {name.strip()}", add_special_tokens=False)["input_ids"]
+    if not name.strip() or not ids:
+        raise DataError("a name is empty. Say in words what the picture shows.")
+    table = vlm.layout.get(vlm.model, "embed_tokens")
+    found: Tensor = table(torch.tensor(ids, device=vlm.device)).detach()
+    return found
