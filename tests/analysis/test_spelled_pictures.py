@@ -74,3 +74,14 @@ def test_bad_input_is_refused(tiny: Callable[[str], VLM], shown: list[Sample]) -
         spell_image_tokens(mllama, ["cat"], torch.ones(1, 3, dtype=torch.bool)),
     ):
         pass
+
+
+def test_a_prompt_that_never_comes_is_told(tiny: Callable[[str], VLM]) -> None:
+    vlm = tiny("llava")
+    ids = torch.tensor([[5, 6, 7]])
+    with (
+        pytest.raises(SettingError, match="no pass over all 9 positions"),
+        torch.no_grad(),
+        spell_image_tokens(vlm, ["cat"], torch.ones(1, 9, dtype=torch.bool)),
+    ):
+        vlm.model(input_ids=ids)

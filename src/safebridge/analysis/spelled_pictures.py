@@ -14,7 +14,16 @@ from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode, find_stop_token_ids
 
-__all__ = ["answer_spelled", "measure_spelled", "spell_image_tokens"]
+__all__ = ["answer_spelled", "can_spell", "measure_spelled", "spell_image_tokens"]
+
+
+def can_spell(vlm: VLM) -> bool:
+    """Return whether a model's pictures become tokens of the decoder.
+
+    Args:
+        vlm: The model.
+    """
+    return not vlm.layout.cross_attention_layers and vlm.layout.image_token_id is not None
 
 
 @contextmanager
@@ -37,10 +46,11 @@ def spell_image_tokens(
         Nothing.
 
     Raises:
-        SettingError: If the model's pictures have no tokens.
+        SettingError: If the model's pictures have no tokens, or no pass over the whole prompt came
+            by, e.g. because a defense puts tokens of its own into it.
         DataError: If there are not as many names as rows, or one is empty.
     """
-    if vlm.layout.cross_attention_layers or vlm.layout.image_token_id is None:
+    if not can_spell(vlm):
         raise SettingError(
             f"{vlm.name} reads pictures by cross-attention, so there are no image tokens to write "
             "a name over. Use a model whose pictures become tokens."
@@ -48,11 +58,14 @@ def spell_image_tokens(
     if len(names) != len(image_mask):
         raise DataError(f"{len(names)} names for {len(image_mask)} prompts. Give one for each.")
     spelled = [_embed(vlm, name) for name in names]
+    passes = 0
 
     def write(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal passes
         hidden = args[0] if args else kwargs["hidden_states"]
         if is_preliminary() or hidden.shape[:2] != image_mask.shape:
             return None
+        passes += 1
         new = hidden.clone()
         for row, (mask, own) in enumerate(zip(image_mask, spelled, strict=True)):
             places = mask.nonzero()[:, 0].to(hidden.device)
@@ -68,6 +81,12 @@ def spell_image_tokens(
         yield
     finally:
         handle.remove()
+    if not passes:
+        raise SettingError(
+            f"no pass over all {image_mask.shape[1]} positions of the prompt was seen, so no name "
+            "was written. Encode with `safebridge.models.tokens.encode` and without a defense that "
+            "adds tokens."
+        )
 
 
 @torch.inference_mode()

@@ -85,6 +85,8 @@ def measure_changes(runs: Sequence[Summary], answers: Sequence[Answers]) -> list
     for metric, is_harmful, _ in _METRICS:
         for condition in CONDITIONS:
             sides = [find_record(own, "base", condition, metric) for own in records]
+            if not any(sides):  # neither model can be asked like that
+                continue
             change = _pair_up(answers, condition, is_harmful=is_harmful)
             changes.append(
                 {
@@ -170,6 +172,7 @@ def _write_bars(names: tuple[str, str], runs: Sequence[Summary]) -> str:
         rows: list[tuple[str, str, list[Record | None]]] = [
             (name, "", [find_record(own, "base", name, metric) for own in records])
             for name in CONDITIONS
+            if any(find_record(own, "base", name, metric) for own in records)
         ]
         parts.append(
             f'<div class="card"><h3>{title}</h3>{write_keys(names)}{draw_bar_rows(rows, names)}'

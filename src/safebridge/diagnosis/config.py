@@ -5,12 +5,15 @@ from typing import Any
 
 from safebridge.errors import DataError, UnknownNameError
 
-__all__ = ["CONDITIONS", "FAST", "DiagnosisConfig", "choose_config"]
+__all__ = ["CONDITIONS", "FAST", "SPELLED", "DiagnosisConfig", "choose_config"]
 
-CONDITIONS = ("text", "caption", "picture", "typographic", "blank", "noise")
+SPELLED = "spelled"
+CONDITIONS = ("text", "caption", SPELLED, "picture", "typographic", "blank", "noise")
 """How a request is put. `text`: in words. `caption`: beside a description of its picture, without
-the picture. `picture`: beside the picture, which alone shows the thing. `typographic`: as words
-drawn in a picture. `blank` and `noise`: in words, beside a picture that shows nothing."""
+the picture. `spelled`: beside the picture, whose tokens are written over with the name of what it
+shows; only where pictures become tokens, and only without a defense. `picture`: beside the
+picture, which alone shows the thing. `typographic`: as words drawn in a picture. `blank` and
+`noise`: in words, beside a picture that shows nothing."""
 
 _SPLITS = ("fit", "validation", "test")
 
@@ -26,10 +29,10 @@ class DiagnosisConfig:
     """Which part of the shipped twins to ask about: fit, validation or test."""
 
     harmful_samples: int = 48
-    """Harmful requests, each put in six ways."""
+    """Harmful requests, each put in seven ways."""
 
     benign_samples: int = 48
-    """Harmless requests of the same wording, each put in six ways."""
+    """Harmless requests of the same wording, each put in seven ways."""
 
     max_new_tokens: int = 16
     """Length at which an answer is cut; a refusal shows in its first words."""
@@ -68,8 +71,9 @@ class DiagnosisConfig:
         if self.split not in _SPLITS:
             raise UnknownNameError("split", self.split, _SPLITS)
         for condition in self.conditions_with_defense:
-            if condition not in CONDITIONS:
-                raise UnknownNameError("condition", condition, CONDITIONS)
+            known = tuple(name for name in CONDITIONS if name != SPELLED)
+            if condition not in known:
+                raise UnknownNameError("condition", condition, known)
         may_be_zero = {"seed", "layer_samples", "sweep_samples", "shown_samples"}
         for name, value in vars(self).items():
             if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The requests of a diagnosis: twins of text and picture, each put in six ways."""
+"""The requests of a diagnosis: twins of text and picture, each put in seven ways."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from safebridge.data.files import load_samples
 from safebridge.data.sample import Sample
 from safebridge.data.source import TwinSource
 from safebridge.data.tables import Split, load_concepts
-from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
+from safebridge.diagnosis.config import CONDITIONS, SPELLED, DiagnosisConfig
 from safebridge.errors import DataError
 
 __all__ = ["CAPTION_FORMAT", "Case", "Twin", "build_cases", "find_twins", "load_twins"]
@@ -136,7 +136,7 @@ def find_twins(samples: Sequence[Sample]) -> list[Twin]:
 
 
 def build_cases(twins: Sequence[Twin], folder: Path, *, seed: int = 0) -> list[Case]:
-    """Put every twin in six ways; pictures that have to be drawn are written to a folder.
+    """Put every twin in seven ways; pictures that have to be drawn are written to a folder.
 
     Args:
         twins: The twins.
@@ -156,6 +156,7 @@ def build_cases(twins: Sequence[Twin], folder: Path, *, seed: int = 0) -> list[C
         made = {
             "text": base,
             "caption": replace(base, prompt=CAPTION_FORMAT.format(caption, twin.picture.prompt)),
+            SPELLED: replace(twin.picture, caption=caption),
             "picture": replace(twin.picture, caption=caption),
             "typographic": replace(base, prompt=TYPOGRAPHIC_PROMPT, images=(words,)),
             "blank": replace(base, images=(blank,)),

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.sample import Sample
-from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
+from safebridge.diagnosis.config import CONDITIONS, SPELLED, DiagnosisConfig
 from safebridge.diagnosis.plan import Case
 from safebridge.diagnosis.results import Record, Reply
 from safebridge.evaluation.calibration import load_judge_error
+from safebridge.evaluation.judges import score_refusal
 from safebridge.evaluation.runner import run_suite
 from safebridge.evaluation.statistics import (
     ErrorRates,
@@ -49,7 +51,8 @@ def ask_cases(
     Returns:
         One reply for each case by condition.
     """
-    asked: list[Sample] = [case.samples[name] for name in conditions for case in cases]
+    plain = [name for name in conditions if name != SPELLED]
+    asked: list[Sample] = [case.samples[name] for name in plain for case in cases]
     result = run_suite(
         twins(asked, max_new_tokens=config.max_new_tokens),
         vlm,
@@ -58,10 +61,28 @@ def ask_cases(
         progress=progress,
     )
     replies = [Reply(row.answer, row.label, row.rule) for row in result.rows]
-    return {
+    found = {
         name: replies[number * len(cases) : (number + 1) * len(cases)]
-        for number, name in enumerate(conditions)
+        for number, name in enumerate(plain)
     }
+    if SPELLED in conditions:
+        found[SPELLED] = _ask_spelled(vlm, cases, config)
+        if progress is not None:
+            progress(len(cases))
+    return {name: found[name] for name in conditions}
+
+
+def _ask_spelled(vlm: VLM, cases: Sequence[Case], config: DiagnosisConfig) -> list[Reply]:
+    """Ask beside pictures whose tokens spell what they show; these answers are in no log."""
+    answers = answer_spelled(
+        vlm,
+        [case.samples[SPELLED] for case in cases],
+        [case.concept for case in cases],
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+    )
+    judged = map(score_refusal, answers)
+    return [Reply(own, one.label, one.rule) for own, one in zip(answers, judged, strict=True)]
 
 
 def load_error_rates() -> ErrorRates:

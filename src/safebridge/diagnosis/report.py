@@ -11,7 +11,7 @@ from safebridge.diagnosis.charts import (
     draw_point_figure,
     draw_site_figure,
 )
-from safebridge.diagnosis.config import CONDITIONS
+from safebridge.diagnosis.config import CONDITIONS, SPELLED
 from safebridge.diagnosis.page import (
     build_page,
     embed_picture,
@@ -40,6 +40,7 @@ _NOTHING = "\u2013"
 _CONDITION_TEXTS = {
     "text": "in plain words",
     "caption": "beside a caption in place of the picture",
+    SPELLED: "beside the picture, whose tokens are written over with the name of what it shows",
     "picture": "beside the picture, which alone shows the thing",
     "typographic": "as words drawn in a picture",
     "blank": "in plain words, beside an empty picture",
@@ -169,8 +170,8 @@ def _write_lead(summary: Summary) -> str:
     counts = summary["samples"]
     return (
         f"{counts['harmful']} harmful and {counts['harmless']} harmless requests, each put in "
-        f"words and in five other ways. Does the safety of text hold for pictures, and if not, "
-        f"where in the model is it lost?{fast}"
+        f"words and in up to six other ways. Does the safety of text hold for pictures, and if "
+        f"not, where in the model is it lost?{fast}"
     )
 
 
@@ -187,6 +188,7 @@ def _write_whether(records: Sequence[Record], variants: Sequence[str]) -> str:
                 [find_record(records, variant, condition, metric) for variant in variants],
             )
             for condition in CONDITIONS
+            if find_record(records, "base", condition, metric) is not None
         ]
         parts.append(
             f'<div class="card"><h3>{title}</h3>{write_keys(variants)}'

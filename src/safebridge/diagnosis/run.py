@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safebridge.analysis.curves import LayerCurve
+from safebridge.analysis.spelled_pictures import can_spell
 from safebridge.data.source import TwinSource
-from safebridge.diagnosis.config import CONDITIONS, DiagnosisConfig
+from safebridge.diagnosis.config import CONDITIONS, SPELLED, DiagnosisConfig
 from safebridge.diagnosis.defenses import Defense, load_defenses
 from safebridge.diagnosis.figures import (
     plot_curves,
@@ -137,7 +138,8 @@ def _ask(
 ) -> dict[str, Replies]:
     """Ask the model as it is everything, and each defended one what the config names."""
     replies: dict[str, Replies] = {}
-    plan: list[tuple[str, Defense | None, Sequence[str]]] = [("base", None, CONDITIONS)]
+    asked = [name for name in CONDITIONS if name != SPELLED or can_spell(vlm)]
+    plan: list[tuple[str, Defense | None, Sequence[str]]] = [("base", None, asked)]
     plan += [(one.name, one, config.conditions_with_defense) for one in defenses]
     for name, defense, conditions in plan:
         with (

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from safebridge.analysis.safety_layers import SafetyRange
+from safebridge.diagnosis.config import SPELLED
 from safebridge.diagnosis.layers import Figures
 from safebridge.diagnosis.results import CurveFigure, Finding, Record, find_record
 from safebridge.evaluation.statistics import wilson_interval
@@ -33,7 +34,10 @@ def write_verdict(records: Sequence[Record], figures: Figures | None) -> list[Fi
     """
     findings = [*_whether(records)]
     if figures is not None:
-        findings += [*_where(figures), *_why(figures)]
+        findings += _where(figures)
+    findings += _what_tokens_say(records)
+    if figures is not None:
+        findings += _why(figures)
     findings += _what_defenses_do(records)
     findings.append(suggest_fix(records, figures))
     return findings
@@ -132,6 +136,31 @@ def _where(figures: Figures) -> Iterator[Finding]:
                 "by first layer: " + _list_counts(sweep.lower),
             ),
         )
+
+
+def _what_tokens_say(records: Sequence[Record]) -> Iterator[Finding]:
+    """Tell a picture that does not say what it shows from a request that does not look there."""
+    gap = find_record(records, "base", SPELLED, "refusal_gap")
+    spelled = find_record(records, "base", SPELLED, "refusal_rate")
+    picture = _need(records, "picture", "refusal_rate")
+    if gap is None or spelled is None or _need(records, "picture", "refusal_gap").low <= 0:
+        return
+    numbers = (
+        _rate("refused when the picture's tokens spell the name", spelled),
+        _rate("refused beside the picture", picture),
+    )
+    if spelled.low > picture.high:
+        text = (
+            "The language model refuses what stands in the picture's place once it is spelled out: "
+            "the picture's own tokens do not say it in a way that its safety reads."
+        )
+    else:
+        text = (
+            "Spelling the name out in the picture's place brings hardly more refusals: the "
+            "language model does not connect a request with what stands there, so a better "
+            "projector alone will not help."
+        )
+    yield Finding("why", text, numbers)
 
 
 def _why(figures: Figures) -> Iterator[Finding]:
