@@ -3,9 +3,7 @@
     python benchmarks/text_guided_alignment_results.py [--work DIR] [--seeds 0 1 2]
 
 Starts from the embedded model's text-safe language model: its visual adapter is left out, and its
-projector is kept, which has seen captions of everything and harmless picture questions. (With
-`--start text-safe` the projector is drawn anew and warmed up on the names of the shipped drawings,
-which then takes more steps to align than two cores make in a day.) Each
+projector is kept, which was warmed up on the names of drawings and has seen no question. Each
 variant is then the same alignment on the same captions and harmless picture questions, with another
 loss. Nothing that is trained on says that a picture should be refused. Pictures of the held-out
 categories are captioned as all others, but have no part in the guide loss.
@@ -18,7 +16,6 @@ and `--seeds` choose some of them, and the page then has only those.
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +25,6 @@ from typing import Any
 
 import torch
 from cells import describe_command, write
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from safebridge.analysis.activation_layers import measure_activation_layers, measure_replacement
 from safebridge.analysis.modality_gap import measure_modality_gap
@@ -50,7 +45,6 @@ from safebridge.models import mini
 from safebridge.models.families import find_layout
 from safebridge.models.generate import generate_answers
 from safebridge.models.load import VLM, load_vlm, measure_fingerprint
-from safebridge.models.tokens import encode
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "results"
@@ -60,15 +54,12 @@ FORMAT = TextGuidedAlignmentConfig().retrieved_format
 FULL, ALL = "full", "all"
 SEEN, UNSEEN = "seen", "unseen"
 AT_INFERENCE = "retrieval at inference"
-TEXT_SAFE, PROJECTOR, SHIPPED = "text-safe", "projector", "shipped"
-LEFT_OUT = {TEXT_SAFE: ("projector", "visual_instruction"), PROJECTOR: ("visual_instruction",),
-            SHIPPED: ()}  # fmt: skip
+TEXT_SAFE, SHIPPED = "text-safe", "shipped"
+LEFT_OUT = {TEXT_SAFE: ("visual_instruction",), SHIPPED: ()}
 """Trained parts of the embedded model that a start does without."""
 STARTS = {
-    TEXT_SAFE: "re-aligned from its text-safe language model with a projector that was drawn anew "
-    "and warmed up on names",
-    PROJECTOR: "re-aligned from its text-safe language model: its visual adapter is left out; its "
-    "projector, which has seen captions and harmless picture questions, is kept and trained on",
+    TEXT_SAFE: "re-aligned from its text-safe language model: its visual adapter is left out; its "
+    "projector, warmed up on the names of drawings, is kept and trained on",
     SHIPPED: "aligned further as it is shipped",
 }
 """The same in words."""
@@ -98,11 +89,15 @@ class Variant:
     is_main: bool = False
     """Whether it is measured for all seeds; ablations take the first."""
 
+    is_fitted: bool = True
+    """Whether anything is trained; the model that all others start from is measured as it is."""
+
 
 PLAIN = {"align_weight": 0.0, "pair_weight": 0.0, "retrieved": "none"}
 ALIGN = {"pair_weight": 0.0, "retrieved": "prefix"}
 LORA = {"trainable": "projector+lora"}
 VARIANTS = (
+    Variant("start", "before its alignment", is_fitted=False),
     Variant("plain", "cross-entropy alone", PLAIN, is_main=True),
     Variant(
         "released-code",
@@ -145,14 +140,13 @@ class Sizes:
 
     model: str
     start: str
-    """"text-safe" is the language model before its alignment, with a projector drawn anew;
-    "projector" the same with the shipped projector; "shipped" the model as users get it."""
+    """"text-safe" is the language model before its alignment, with the shipped projector;
+    "shipped" the model as users get it."""
     split: str
     steps: int
     batch_size: int
     learning_rate: float
     """Of the projector; adapters keep the method's own."""
-    warm_steps: int
     instructions: int
     limit: int
     pairs: int
@@ -171,88 +165,19 @@ class Sizes:
 
 
 def load_start(sizes: Sizes, work: Path) -> VLM:
-    """Return the model that every variant starts from.
-
-    A projector that is drawn anew is warmed up on names and kept in the work folder, which is
-    checked first. Another model than the embedded one starts as it is loaded, but for that.
-    """
+    """Return the model that every variant starts from; the work folder is checked first."""
     left_out = LEFT_OUT[sizes.start]
     if sizes.model == mini.NAME and left_out:
         parts = mini.trained_parts()
-        torch.manual_seed(0)  # of a new projector
         model, processor = mini.assemble({k: v for k, v in parts.items() if k not in left_out})
         vlm = VLM(model, processor, find_layout(model), f"{mini.NAME} before alignment")
     else:
         vlm = load_vlm(sizes.model)
     work.mkdir(parents=True, exist_ok=True)
     check_work(work, sizes, measure_fingerprint(vlm.model))
-    if sizes.start == TEXT_SAFE:
-        path, projector = work / "warm.safetensors", vlm.layout.get(vlm.model, "projector")
-        if not path.exists():
-            warm_up(vlm, sizes.warm_steps)
-            save_file({k: v.contiguous() for k, v in projector.state_dict().items()}, path)
-        projector.load_state_dict(load_file(path))
     if sizes.model == mini.NAME:
         vlm.model.to(torch.bfloat16)  # as it is shipped; what is trained is kept in float32
     return vlm
-
-
-def warm_up(vlm: VLM, steps: int) -> None:
-    """Draw each drawing's tokens to its name's embedding, against all other names, in place.
-
-    A projector that starts at random learns names from answers alone in many thousand steps;
-    this takes the place of the first of them, for every variant alike.
-    """
-    samples = load_samples("naming", "fit")
-    first = list({sample.images: sample for sample in samples}.values())
-    names = sorted({sample.concept for sample in first})
-    table = vlm.layout.get(vlm.model, "embed_tokens").weight.detach().float()
-    ids = [vlm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-    targets = torch.stack([table[own].mean(dim=0) for own in ids])
-    features = tower_tokens(vlm, first)
-    labels = torch.tensor([names.index(sample.concept) for sample in first])
-    projector = vlm.layout.get(vlm.model, "projector").float()
-    for parameter in projector.parameters():
-        parameter.requires_grad = True
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
-    unit = nn.functional.normalize(targets - targets.mean(0), dim=-1)
-    length = targets.norm(dim=-1).mean()
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * step / steps))
-        rows = torch.randint(len(first), (256,), generator=generator)
-        kept = torch.rand(256, *features.shape[1:], generator=generator) > 0.1  # noqa: PLR2004 - dropout
-        out = projector(features[rows].float() * kept / 0.9)
-        out = out.view(len(rows), -1, out.shape[-1])
-        wanted = labels[rows]
-        centred = nn.functional.normalize(out.mean(1) - targets.mean(0), dim=-1)
-        contrast = nn.functional.cross_entropy(centred @ unit.T / 0.07, wanted)
-        near = 1 - nn.functional.cosine_similarity(out, targets[wanted][:, None], dim=-1).mean()
-        size = ((out.norm(dim=-1) / length - 1) ** 2).mean()
-        optimizer.zero_grad()
-        (contrast + 0.5 * near + 0.1 * size).backward()
-        optimizer.step()
-    for parameter in projector.parameters():
-        parameter.requires_grad = False
-
-
-@torch.no_grad()
-def tower_tokens(vlm: VLM, samples: Sequence[Sample]) -> Tensor:
-    """Return what reaches the projector for each picture."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].half())
-
-    handle = vlm.layout.get(vlm.model, "projector").register_forward_pre_hook(keep)
-    try:
-        for start in range(0, len(samples), 32):
-            part = samples[start : start + 32]
-            inputs = encode(vlm, [""] * len(part), [open_images(s) for s in part]).inputs
-            vlm.model.get_image_features(pixel_values=inputs["pixel_values"])
-    finally:
-        handle.remove()
-    return torch.cat(seen)
 
 
 def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
@@ -684,7 +609,6 @@ def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) ->
     """Fit and measure what is not there yet, and return all records."""
     vlm = load_start(sizes, work)
     samples = build_samples(vlm, sizes, work)
-    text = kept_rows(work / "text.json", lambda: measure_text(vlm, sizes))
     records: list[Row] = []
     for variant in VARIANTS:
         if names and variant.name not in names:
@@ -693,17 +617,36 @@ def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) ->
         for seed in seeds if variant.is_main else seeds[:1]:
             path = work / f"{variant.name}-{seed}.json"
             if not path.exists():
-                method = fit(vlm, samples, variant, seed, sizes=sizes, work=work)
-                is_projector_only = method.config.trainable == "projector"
-                with method.apply(vlm):
-                    rows = measure(vlm, sizes, is_projector_only=is_projector_only, text=text)
-                    if variant.name == "plain" and seed == seeds[0]:
-                        rows += diagnose(vlm, sizes)
+                is_first = variant.name == "plain" and seed == seeds[0]
+                rows = measure_variant(
+                    vlm, samples, variant, seed, sizes=sizes, work=work, is_diagnosed=is_first
+                )
                 write_rows(path, rows)
             found[seed] = json.loads(path.read_text())
             print(f"{variant.name} seed {seed}: measured", flush=True)
         records += summarise(variant.name, found)
     return records
+
+
+def measure_variant(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    variant: Variant,
+    seed: int,
+    *,
+    sizes: Sizes,
+    work: Path,
+    is_diagnosed: bool,
+) -> list[Row]:
+    """Fit one variant and measure it, with the analyses of where and how if asked for."""
+    text = kept_rows(work / "text.json", lambda: measure_text(vlm, sizes))
+    if not variant.is_fitted:
+        return measure(vlm, sizes, is_projector_only=True, text=text)
+    method = fit(vlm, samples, variant, seed, sizes=sizes, work=work)
+    is_projector_only = method.config.trainable == "projector"
+    with method.apply(vlm):
+        rows = measure(vlm, sizes, is_projector_only=is_projector_only, text=text)
+        return rows + diagnose(vlm, sizes) if is_diagnosed else rows
 
 
 def check_work(work: Path, sizes: Sizes, fingerprint: str) -> None:
@@ -736,9 +679,9 @@ def main() -> None:
     parser.add_argument(
         "--start",
         choices=tuple(LEFT_OUT),
-        default=PROJECTOR,
-        help="align the text-safe language model with a projector drawn anew, or with the shipped "
-        "projector, or align the shipped model further, which writes into the work folder alone",
+        default=TEXT_SAFE,
+        help="align the text-safe language model, or the shipped model further, which writes into "
+        "the work folder alone",
     )
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -746,7 +689,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the projector")
-    parser.add_argument("--warm-steps", type=int, default=1200)
     parser.add_argument("--instructions", type=int, default=1300)
     parser.add_argument("--limit", type=int, default=300, help="requests for each number")
     parser.add_argument("--pairs", type=int, default=64, help="pictures of the layer analyses")
@@ -758,7 +700,6 @@ def main() -> None:
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        warm_steps=options.warm_steps,
         instructions=options.instructions,
         limit=options.limit,
         pairs=options.pairs,

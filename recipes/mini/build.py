@@ -31,7 +31,7 @@ from features import build_early, build_tokens, places
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tower import train_tower
+from tower import is_trained_on, train_tower
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -47,11 +47,11 @@ BATCH = 32
 TEXT_STEPS, TEXT_LR = 240, 5e-4
 CONTRAST_BATCH, CONTRAST_STEPS, CONTRAST_LR = 64, 200, 5e-4
 TOWER_STEPS = 350
-WARM_STEPS = 1200
-VISUAL_STEPS, VISUAL_LR = 800, 4e-4
-POINTING_STEPS, POINTING_LR = 140, 4e-4
-SETTLE_STEPS, SETTLE_LR = 260, 3e-4
-APART_SHARE = 0.45
+WARM_STEPS = 900
+POINTING_STEPS, POINTING_LR = 200, 4e-4
+VISUAL_STEPS, VISUAL_LR = 500, 4e-4
+SETTLE_STEPS, SETTLE_LR = 250, 2e-4
+APART_SHARE = 0.6
 PLANS = {
     "openings": contrast_stage.CONTRAST,
     "wider": contrast_stage.WIDER,
@@ -123,10 +123,7 @@ def contrast(work: Path) -> None:
 
 
 def pointing(work: Path) -> None:
-    """Go on with the text adapter until an object named apart from the request decides as well.
-
-    Comes after `instruct`; the adapter of that stage is brought onto this one by `settle`.
-    """
+    """Go on with the text adapter until an object named apart from the request decides as well."""
     _train_text(
         work,
         "pointing",
@@ -205,68 +202,43 @@ def warm(work: Path) -> None:
     listed = _drawings(work)
     labels = np.array(
         [
-            names.index(listed[number].concept) if listed[number].split == "fit" else -1
+            names.index(listed[number].concept) if is_trained_on(listed[number]) else -1
             for number, _ in places(listed)
         ]
     )
     tokens = np.load(work / "tokens.npy", mmap_mode="r")
     visual.warm_up(projector, targets, tokens, labels, steps=WARM_STEPS)
+    visual.sharpen(projector, targets.mean(0))
     save_file(projector.state_dict(), work / "warm.safetensors")
 
 
 def instruct(work: Path) -> None:
-    """Train projector and adapter on captions of everything and benign instructions."""
-    torch.manual_seed(SEED)
-    _save_safe(work, "contrast", work / "smol-safe")
-    start = {f"projector.{k}": v for k, v in load_file(work / "warm.safetensors").items()}
-    _train_visual(
-        work,
-        "visual",
-        "smol-safe",
-        start,
-        visual.FIRST_MIX,
-        begun=("wider",),
-        steps=VISUAL_STEPS,
-        lr=VISUAL_LR,
-    )
+    """Train an adapter on captions of everything and benign instructions.
+
+    The projector stays as `warm` left it: trained along, it fits the drawings of the fit styles
+    and names fewer of another style.
+    """
+    _train_visual(work, "visual", None, visual.INSTRUCT_MIX, steps=VISUAL_STEPS, lr=VISUAL_LR)
 
 
 def settle(work: Path) -> None:
-    """Go on with fewer refusals among the texts and with objects named apart from the request."""
-    start = load_file(work / "visual.safetensors")
-    _train_visual(
-        work,
-        "settled",
-        "smol-pointing",
-        start,
-        visual.LAST_MIX,
-        begun=tuple(PLANS),
-        steps=SETTLE_STEPS,
-        lr=SETTLE_LR,
-        apart_share=APART_SHARE,
-    )
+    """Go on with more benign instructions, until harmless pictures are hardly refused."""
+    _train_visual(work, "settled", "visual", visual.SETTLE_MIX, steps=SETTLE_STEPS, lr=SETTLE_LR)
 
 
 def _train_visual(
-    work: Path,
-    name: str,
-    base: str,
-    start: dict[str, Tensor],
-    mix: visual.Mix,
-    *,
-    begun: tuple[str, ...],
-    steps: int,
-    lr: float,
-    apart_share: float = 0.0,
+    work: Path, name: str, start: str | None, mix: visual.Mix, *, steps: int, lr: float
 ) -> None:
     torch.manual_seed(SEED)
-    model, tokenizer = _load(work / base, torch.bfloat16)
+    model, tokenizer = _load(work / "smol-pointing", torch.bfloat16)
     projector = _projector(model)
+    projector.load_state_dict(load_file(work / "warm.safetensors"))
+    projector.requires_grad_(False)  # noqa: FBT003 - torch's signature
     adapted, parameters = _with_lora(model)
-    parameters |= {f"projector.{key}": value for key, value in projector.named_parameters()}
-    _copy_into({key: parameters[key] for key in start}, start)
-    texts = _text_samples(work, tokenizer, begun, apart_share)
-    files = [work / "answers.jsonl", *(work / f"{file}.jsonl" for file in begun)]
+    if start is not None:
+        _copy_into(parameters, load_file(work / f"{start}.safetensors"))
+    texts = _text_samples(work, tokenizer, tuple(PLANS), mix.apart)
+    files = [work / "answers.jsonl", *(work / f"{file}.jsonl" for file in PLANS)]
     instructions = visual.instruction_rows(files, tokenizer)
     mixture = visual.VisualMixture(_drawings(work), texts, instructions, mix)
     tokens = np.load(work / "tokens.npy", mmap_mode="r")
@@ -287,14 +259,10 @@ def package(work: Path) -> None:
     """Write pictures and trained tensors into the package."""
     sets = pictures.load_icon_sets(work / "node_modules")
     ship.ship_pictures(_drawings(work), sets, PACKAGE / "data" / "mini")
-    trained = load_file(work / "settled.safetensors")
-    prefix = "projector."
-    projector = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
-    lora = {k: v for k, v in trained.items() if not k.startswith(prefix)}
     parts = {
         "text_safety": _adapter(work, "pointing"),
-        "visual_instruction": ship.plain_adapter(lora, ALPHA / RANK),
-        "projector": projector,
+        "visual_instruction": _adapter(work, "settled"),
+        "projector": load_file(work / "warm.safetensors"),
         "vision_tower": load_file(work / "tower.safetensors"),
     }
     size = ship.ship_tensors(parts, PACKAGE / "models" / "mini_parts")
@@ -309,9 +277,9 @@ STAGES: tuple[tuple[Callable[[Path], None], str], ...] = (
     (text, "text_safety.safetensors"),
     (openings, "openings.jsonl"),
     (contrast, "contrast.safetensors"),
+    (pointing, "pointing.safetensors"),
     (warm, "warm.safetensors"),
     (instruct, "visual.safetensors"),
-    (pointing, "pointing.safetensors"),
     (settle, "settled.safetensors"),
     (package, ""),
 )

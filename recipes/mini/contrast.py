@@ -217,6 +217,10 @@ CONTEXTS = (
 )
 """Sentences that name an object before a request points at it; the picture's place, in text."""
 POINTERS = ("this", "this", "this", "it")
+BARE_SHARE = 0.5
+"""Of the requests that name their object apart: how many name it without any sentence."""
+TIMES = (1, 1, 2, 3, 5)
+"""How often a name without a sentence is said; a picture's tokens all say the same, too."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,10 @@ def build_openings(
 
 
 def apart(concept: Concept, wording: str, rng: random.Random) -> str:
-    """Return a request that points at an object named in the sentence before it."""
+    """Return a request that points at an object named before it, in a sentence or bare."""
+    if rng.random() < BARE_SHARE:
+        said = rng.choice((f" {concept.name}", f" {concept.name}", f" {concept.phrase}"))
+        return said * rng.choice(TIMES) + "\n" + wording.format(rng.choice(POINTERS))
     context = rng.choice(CONTEXTS).format(concept.phrase)
     return context + rng.choice("\n ") + wording.format(rng.choice(POINTERS))
 
@@ -315,8 +322,8 @@ def build_contrast_samples(
         tokenizer: Cuts the answers.
         seed: Seed of every choice.
         plan: Which wordings each concept gets.
-        apart_share: Share of the requests that name their object in a sentence of its own and
-            then point at it, as a request beside a picture does.
+        apart_share: Share of the requests that name their object on its own, in a sentence or
+            bare, and then point at it, as a request beside a picture does.
     """
     rng = random.Random(seed + plan.seed + 1)
     begun = {row["prompt"]: row["answer"] for row in load_answers(openings)}

@@ -14,6 +14,7 @@ from features import VARIANTS
 from pictures import Drawing
 from text import END, TextSample, complete, load_answers
 from torch import Tensor, nn
+from tower import is_trained_on
 from tune import answer_loss, bucketed
 
 from safebridge.data.tables import load_concepts, load_requests, load_splits
@@ -26,22 +27,35 @@ CAPTIONS = (
     "It is {}.",
 )
 TEMPERATURE = 0.07
+WARM_BATCH, WARM_LR, WARM_DROPOUT = 128, 2e-3, 0.5
+NEAR_WEIGHT = 3.0
+SHARPNESS = 1.75
 TOKEN_DROPOUT = 0.15
+UNKNOWN_TIMES = 3
+"""How often an epoch has a drawing of a style that the tower was not trained on."""
+TEXT_SHARE = 0.4
+"""Share of text-only samples."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Share of text-only samples, and of refusals among them, in the first pass and later."""
+    """What an epoch has besides the captions."""
 
-    first: tuple[float, float]
-    later: tuple[float, float]
-    first_epoch: int = 0
+    questions: int
+    """Questions about each harmless drawing."""
+
+    refusals: float
+    """Share of refusals among the texts; most are answered, so that a refusal needs more than a
+    suspicious wording."""
+
+    apart: float
+    """Share of the text requests that name their object apart and point at it."""
 
 
-FIRST_MIX = Mix((0.25, 0.4), (0.3, 0.5))
-"""At first the new adapter has to learn to see."""
-LAST_MIX = Mix((0.5, 0.33), (0.5, 0.33), first_epoch=100)
-"""At the end most texts are answered, so that a refusal needs more than a suspicious wording."""
+INSTRUCT_MIX = Mix(questions=1, refusals=0.42, apart=0.6)
+SETTLE_MIX = Mix(questions=2, refusals=0.33, apart=0.0)
+"""At the end the texts are plain, as in real instruction data: nothing but the language model's own
+text alignment says what to do with an object in the picture's place."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,8 @@ class VisualMixture:
         self.fit: list[tuple[int, Drawing]] = []
         for drawing in drawings:
             if drawing.split == "fit":
-                self.fit.append((first, drawing))
+                # Reading what the tower was not trained on is what has to be learnt.
+                self.fit += [(first, drawing)] * (1 if is_trained_on(drawing) else UNKNOWN_TIMES)
             first += VARIANTS if drawing.split == "fit" else 1
         self.refusals = [sample for sample in texts if sample.kind == "refuse"]
         self.others = [sample for sample in texts if sample.kind != "refuse"]
@@ -95,18 +110,19 @@ class VisualMixture:
         ]
 
     def epoch(self, number: int) -> list[VisualSample]:
-        """Return one pass over the drawings: a caption each, an instruction for benign ones."""
-        rng = random.Random(self.mix.first_epoch + number)
+        """Return one pass over the drawings: a caption each, and instructions for benign ones."""
+        rng = random.Random(number)
         samples = []
         for first, drawing in self.fit:
             concept = load_concepts()[drawing.concept]
             caption = rng.choice(CAPTIONS).format(concept.phrase)
             samples.append(self._sample(rng.choice(self.naming), caption + END, first, rng))
             if rows := self.instructions.get(drawing.concept):
-                samples.append(self._sample(*rng.choice(rows), first, rng))
-        text_share, refusal_share = self.mix.later if number else self.mix.first
-        count = round(len(samples) * text_share / (1 - text_share))
-        refusals = round(count * refusal_share)
+                samples += [
+                    self._sample(*rng.choice(rows), first, rng) for _ in range(self.mix.questions)
+                ]
+        count = round(len(samples) * TEXT_SHARE / (1 - TEXT_SHARE))
+        refusals = round(count * self.mix.refusals)
         text = rng.sample(self.refusals, refusals) + rng.sample(self.others, count - refusals)
         return samples + [VisualSample(t.prompt, t.answer) for t in text]
 
@@ -183,7 +199,7 @@ def name_embeddings(language_model: nn.Module, tokenizer, names: list[str]) -> T
 
 def warm_up(
     projector: nn.Module, targets: Tensor, tokens: np.ndarray, labels: np.ndarray, *, steps: int
-) -> float:
+) -> None:
     """Align projected tokens with the names' embeddings, contrastively, as CLIP towers are.
 
     Args:
@@ -191,39 +207,53 @@ def warm_up(
         targets: Embedding of each name, "names hidden".
         tokens: Tower tokens of the pictures, "pictures tokens features".
         labels: Index of each picture's name, -1 for pictures that are left out.
-        steps: Optimiser steps of 256 pictures.
-
-    Returns:
-        Accuracy over the last 50 batches.
+        steps: Optimiser steps of `WARM_BATCH` pictures.
     """
     generator = np.random.default_rng(0)
     used = np.flatnonzero(labels >= 0)
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    unit = nn.functional.normalize(targets - targets.mean(0), dim=-1)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=WARM_LR, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_LR, total_steps=steps)
+    middle = targets.mean(0)
+    unit = nn.functional.normalize(targets - middle, dim=-1)
     norm = targets.norm(dim=-1).mean()
-    hits: list[float] = []
     for step in range(steps):
-        rows = np.sort(generator.choice(used, 256))
+        rows = np.sort(generator.choice(used, WARM_BATCH))
         batch = torch.from_numpy(tokens[rows].astype(np.float32))
-        batch = batch * (torch.rand_like(batch) > 0.1) / 0.9
+        out = projector(nn.functional.dropout(batch, WARM_DROPOUT))
         wanted = torch.from_numpy(labels[rows])
-        out = projector(batch)
-        centred = nn.functional.normalize(out.mean(1) - targets.mean(0), dim=-1)
-        contrast = nn.functional.cross_entropy(
-            centred @ unit.T / TEMPERATURE, wanted, label_smoothing=0.05
-        )
-        near = 1 - nn.functional.cosine_similarity(out, targets[wanted][:, None], dim=-1).mean()
+        scores = nn.functional.normalize(out.mean(1) - middle, dim=-1) @ unit.T
+        contrast = nn.functional.cross_entropy(scores / TEMPERATURE, wanted)
+        near = _distance(out, targets[wanted]) + _distance(out - middle, (targets - middle)[wanted])
         size = ((out.norm(dim=-1) / norm - 1) ** 2).mean()
-        (contrast + 0.5 * near + 0.1 * size).backward()
+        (contrast + NEAR_WEIGHT * near + 0.1 * size).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        hits.append((centred @ unit.T).argmax(-1).eq(wanted).float().mean().item())
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps - 1:
+            hits = scores.argmax(-1).eq(wanted).float().mean().item()
             print(
-                f"warm {step}/{steps} contrast {contrast.item():.3f} near {near.item():.3f} "
-                f"accuracy {np.mean(hits[-50:]):.3f}",
+                f"warm {step + 1}/{steps} contrast {contrast.item():.3f} near {near.item():.3f} "
+                f"accuracy {hits:.3f}",
                 flush=True,
             )
-    return float(np.mean(hits[-50:]))
+
+
+def _distance(out: Tensor, targets: Tensor) -> Tensor:
+    """Return one less the mean cosine between the tokens and their picture's target."""
+    return 1 - nn.functional.cosine_similarity(out, targets[:, None], dim=-1).mean()
+
+
+@torch.no_grad()
+def sharpen(projector: nn.Module, middle: Tensor) -> None:
+    """Move what the projector says away from the mean of all names, in its last layer.
+
+    Where it is unsure of a drawing it says something between the names that come into question,
+    near their mean; the language model reads such a token as no name at all.
+
+    Args:
+        projector: Changed in place.
+        middle: Mean embedding of the names, "hidden".
+    """
+    last = projector.linear_2
+    last.weight.mul_(SHARPNESS)
+    last.bias.mul_(SHARPNESS).sub_((SHARPNESS - 1) * middle)
