@@ -10,7 +10,7 @@ categories are captioned as all others, but have no part in the guide loss.
 
 Every variant and seed is kept in the work folder as soon as it is measured, so a run that was
 cut off goes on. The last step writes docs/results/text-guided-alignment.md and .json. Choices are
-made with `--split validation`, which writes into the work folder alone. It is 25 fits; `--variants`
+made with `--split validation`, which writes into the work folder alone. It is 28 fits; `--variants`
 and `--seeds` choose some of them, and the page then has only those.
 """
 

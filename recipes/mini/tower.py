@@ -19,8 +19,8 @@ from safebridge.models.lite0 import EARLY_BLOCKS, Lite0VisionModel
 
 LEFT_OUT = ("emojione", "emojione-monotone")
 """Styles of the fit split that tower and projector are not trained on: what comes after them, the
-language model's adapter and every defense, then learns from pictures as hard to read as those of a
-held-out style, and not from those that the tower knows by heart."""
+language model's adapter and (of the first style, which ships) every defense, then also learns from
+pictures as hard to read as those of a held-out style."""
 BATCH = 128
 LR, HEAD_LR = 4e-4, 2e-3
 MIX_SHARE, MIX_CONCENTRATION = 0.5, 0.2

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, Final, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from safebridge.data.sample import Sample, open_images
@@ -18,10 +18,10 @@ from safebridge.methods.text_guided_alignment.states import (
     capture_text_states,
     shorten_logits,
 )
-from safebridge.models.generate import generate_answers
+from safebridge.models.generate import answer_encoded, generate_answers
 from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
-from safebridge.models.tokens import encode, find_stop_token_ids
+from safebridge.models.tokens import encode
 
 __all__ = [
     "REFUSAL_WORDS",
@@ -409,26 +409,17 @@ def _answer_replaced(
     vlm: VLM, samples: Sequence[Sample], states: Mapping[int, Tensor], max_new_tokens: int
 ) -> Iterator[tuple[tuple[int, ...], list[str]]]:
     """Yield the answers of a batch, as they are and with each replacement."""
-    encoded = encode(vlm, [s.prompt for s in samples], [open_images(s) for s in samples])
-    stops = find_stop_token_ids(vlm)
-    pad = vlm.tokenizer.pad_token_id
+    encoded = encode(
+        vlm, [s.prompt for s in samples], [open_images(s) for s in samples], padding_side="left"
+    )
     for layer in (None, *states):
         with ExitStack() as stack:
             if layer is not None:
                 stack.enter_context(
                     replace_image_states(vlm, layer, states[layer], encoded.spans.image)
                 )
-            tokens: Int[Tensor, "batch longer"] = vlm.model.generate(
-                **encoded.inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=stops,
-                pad_token_id=stops[0] if pad is None else pad,
-            )
-        new = tokens[:, encoded.inputs["input_ids"].shape[1] :]
-        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
-        yield () if layer is None else (layer,), [text.strip() for text in texts]
+            answers = answer_encoded(vlm, encoded, max_new_tokens)
+        yield () if layer is None else (layer,), answers
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from safebridge.data.sample import Sample, open_images
 from safebridge.errors import DataError, SettingError
+from safebridge.models.generate import answer_encoded
 from safebridge.models.hooks import is_preliminary
 from safebridge.models.load import VLM
-from safebridge.models.tokens import encode, find_stop_token_ids
+from safebridge.models.tokens import encode
 
 __all__ = ["answer_spelled", "can_spell", "measure_spelled", "spell_image_tokens"]
 
@@ -119,23 +120,14 @@ def answer_spelled(
             raise DataError(f"sample '{sample.id}' needs a picture, whose tokens are spelled.")
     if len(names) != len(samples):
         raise DataError(f"{len(names)} names for {len(samples)} samples. Give one for each.")
-    stops, pad = find_stop_token_ids(vlm), vlm.tokenizer.pad_token_id
     answers: list[str] = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        encoded = encode(vlm, [s.prompt for s in part], [open_images(s) for s in part])
+        encoded = encode(
+            vlm, [s.prompt for s in part], [open_images(s) for s in part], padding_side="left"
+        )
         with spell_image_tokens(vlm, names[start : start + batch_size], encoded.spans.image):
-            tokens = vlm.model.generate(
-                **encoded.inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=stops,
-                pad_token_id=stops[0] if pad is None else pad,
-            )
-        new = tokens[:, encoded.inputs["input_ids"].shape[1] :]
-        texts = vlm.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
+            answers += answer_encoded(vlm, encoded, max_new_tokens)
     return answers
 
 

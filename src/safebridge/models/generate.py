@@ -9,7 +9,7 @@ from safebridge.errors import DataError
 from safebridge.models.load import VLM
 from safebridge.models.tokens import Encoded, encode, find_stop_token_ids
 
-__all__ = ["generate_answers"]
+__all__ = ["answer_encoded", "generate_answers"]
 
 
 def generate_answers(
@@ -61,7 +61,6 @@ def generate_answers(
     if batch_size < 1 or max_new_tokens < 1:
         raise DataError("batch_size and max_new_tokens must be 1 or more.")
     answers = [""] * len(prompts)
-    stops = find_stop_token_ids(vlm)
     for rows in _batches(prompts, images, batch_size):
         encoded = encode(
             vlm,
@@ -71,7 +70,7 @@ def generate_answers(
             prefixes=None if prefixes is None else [prefixes[i] for i in rows],
             prefix_format=prefix_format,
         )
-        batch = _answer_batch(vlm, encoded, max_new_tokens, stops)
+        batch = answer_encoded(vlm, encoded, max_new_tokens)
         for row, answer in zip(rows, batch, strict=True):
             answers[row] = answer
         if progress is not None:
@@ -97,10 +96,19 @@ def _batches(
 
 
 @torch.inference_mode()
-def _answer_batch(vlm: VLM, encoded: Encoded, max_new_tokens: int, stops: list[int]) -> list[str]:
-    """Answer one batch, padded on the left."""
+def answer_encoded(vlm: VLM, encoded: Encoded, max_new_tokens: int) -> list[str]:
+    """Answer one batch that is encoded already, greedily.
+
+    Args:
+        vlm: The model.
+        encoded: The batch, padded on the left.
+        max_new_tokens: Longest answer in tokens.
+
+    Returns:
+        The answers, without special tokens and surrounding white space.
+    """
     width = encoded.inputs["input_ids"].shape[1]
-    pad = vlm.tokenizer.pad_token_id
+    stops, pad = find_stop_token_ids(vlm), vlm.tokenizer.pad_token_id
     tokens = vlm.model.generate(
         **encoded.inputs,
         max_new_tokens=max_new_tokens,
