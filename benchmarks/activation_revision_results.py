@@ -1,11 +1,15 @@
 """Fit activation revisions in all variants, measure them on held-out data, write the results page.
 
-    python benchmarks/activation_revision_results.py [--work DIR] [--seeds 0 1 2] [--study-seeds 0]
+    python benchmarks/activation_revision_results.py [--seeds 0 1 2] [--study-seeds 0]
 
 Writes docs/results/activation-revision.md and its JSON twin. Every fit and every measurement is a
-file of its own in the work folder, written when it is done, so a run that was stopped goes on. The
-vectors are fitted on the fit split (seen categories), strength and number of sites are chosen on
-the validation split under the budget (at most 2 points more over-refusal, at most 1 point less
+file of its own, written when it is done, so a run that was stopped goes on. What came of every
+request is committed in benchmarks/outcomes, so the page follows from it in seconds; `--outcomes`
+with an empty folder measures everything anew, as is needed after a change of the method's code,
+which the files' names do not follow.
+
+The vectors are fitted on the fit split (seen categories), strength and number of sites are chosen
+on the validation split under the budget (at most 2 points more over-refusal, at most 1 point less
 utility), and what is reported is the test split: other drawing styles, other templates, and for
 "unseen" other categories. `--split validation` reports the validation split instead, which never
 goes into docs/. The variants are fitted with every seed, the studies with those of `--study-seeds`.
@@ -20,7 +24,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,7 +32,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from cells import describe_command, digest, write
+from cells import OUTCOMES, describe_command, digest, kept, write
 from sklearn.metrics import roc_auc_score
 
 from safebridge.activations.capture import Activations, capture_activations
@@ -127,6 +131,18 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A revision by all that it follows from, so that nothing need be fitted to know its name."""
+
+    variant: Variant
+    seed: int
+    source: Source
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that differ from those of the fit."""
+    control: str = ""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How much is fitted and measured."""
 
@@ -141,12 +157,13 @@ class Laboratory:
 
     Args:
         model: Name or path for `load_vlm`.
-        work: Folder of the files.
+        work: Folder of what is fitted, and of the trials.
+        outcomes: Folder of what is reported.
         sizes: How much is fitted and measured.
         split: What is reported: "test" or "validation".
     """
 
-    def __init__(self, model: str, work: Path, sizes: Sizes, split: str) -> None:
+    def __init__(self, model: str, *, work: Path, outcomes: Path, sizes: Sizes, split: str) -> None:
         self.vlm: VLM = load_vlm(model)
         self.sizes, self.split = sizes, split
         # Another model, data or judge has files of its own.
@@ -156,8 +173,9 @@ class Laboratory:
             measure_rules_fingerprint(),
             asdict(sizes),
         ]
-        self.work = work / digest(world)
-        self.work.mkdir(parents=True, exist_ok=True)
+        self.work, self.outcomes = (folder / digest(world) for folder in (work, outcomes))
+        for folder in (self.work, self.outcomes):
+            folder.mkdir(parents=True, exist_ok=True)
         self.captured: dict[str, Activations] = {}
 
     def requests(self, source: Source, seed: int) -> list[Sample]:
@@ -206,7 +224,7 @@ class Laboratory:
 
     def fit(self, variant: Variant, seed: int, source: Source) -> ActivationRevision:
         """Return a fitted revision."""
-        folder = self.work / f"fit-{digest([asdict(variant), seed, asdict(source)])}"
+        folder = self.folder_of(variant, seed, source)
         if folder.is_dir():
             return ActivationRevision.load(folder, self.vlm)
         samples = self.groups(variant.strategy, source, seed)
@@ -226,6 +244,14 @@ class Laboratory:
         )
         method.save(folder)
         return method
+
+    def folder_of(self, variant: Variant, seed: int, source: Source) -> Path:
+        """Return where a fitted revision is kept."""
+        return self.work / f"fit-{digest([asdict(variant), seed, asdict(source)])}"
+
+    def has_fit(self, plan: Plan) -> bool:
+        """Return whether a revision was fitted in this work folder."""
+        return self.folder_of(plan.variant, plan.seed, plan.source).is_dir()
 
     def gate_samples(self, seed: int) -> tuple[list[Sample], list[Sample]]:
         """Return harmful and harmless requests of the fit split, each with a look of its own."""
@@ -254,64 +280,83 @@ class Laboratory:
         "settings" keep the budget. "clearest" tell harmful from harmless requests best, budget or
         not: studies need a revision that does something.
         """
-        path = self.work / f"choice-{variant.name}-{digest(asdict(source))}.json"
-        if not path.is_file():
-            method = self.fit(variant, seed, source)
-            factor = GATED_FACTOR if variant.is_gated else 1
-            base = to_measured(self.measure(None, split="validation", factor=factor))
-            candidates = len(method.tensors["layers"])
-            space = dict((GATED_SPACES if variant.is_gated else SPACES)[variant.level])
-            space["top_k"] = [max(1, round(share * candidates)) for share in space["top_k"]]
-            if source.is_paired:  # the vector points from harmful to harmless requests
-                space["direction"] = ["fitted", "opposite"]
-            result = search(
-                method,
-                lambda trial: to_measured(self.measure(trial, split="validation", factor=factor)),
-                base,
-                space,
-                progress=lambda trial: print(f"  {variant.name} {trial}", flush=True),
-            )
-            # Without a trial within the budget the gentlest one stands in, and the page says so.
-            best = result.best or min(result.trials, key=lambda t: t.settings["alpha"])
-            clearest = max(
-                result.trials,
-                key=lambda t: -t.measured.attack_success_rate - t.measured.over_refusal_rate,
-            )
-            choice = {
-                "settings": dict(best.settings),
-                "is_within_budget": result.best is not None,
-                "clearest": dict(clearest.settings),
-            }
-            write(path, json.dumps(choice))
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return found
+        path = self.outcomes / f"choice-{variant.name}-{digest([asdict(source), seed])}.json"
+        choice: dict[str, Any] = kept(path, lambda: self._search(variant, seed, source))
+        return choice
+
+    def _search(self, variant: Variant, seed: int, source: Source) -> dict[str, Any]:
+        method = self.fit(variant, seed, source)
+        factor = GATED_FACTOR if variant.is_gated else 1
+        candidates = len(method.tensors["layers"])
+        space = dict((GATED_SPACES if variant.is_gated else SPACES)[variant.level])
+        space["top_k"] = [max(1, round(share * candidates)) for share in space["top_k"]]
+        if source.is_paired:  # the vector points from harmful to harmless requests
+            space["direction"] = ["fitted", "opposite"]
+        result = search(
+            method,
+            lambda trial: self.try_out(trial, factor),
+            self.try_out(None, factor),
+            space,
+            progress=lambda trial: print(f"  {variant.name} {trial}", flush=True),
+        )
+        # Without a trial within the budget the gentlest one stands in, and the page says so.
+        best = result.best or min(result.trials, key=lambda t: t.settings["alpha"])
+        clearest = max(
+            result.trials,
+            key=lambda t: -t.measured.attack_success_rate - t.measured.over_refusal_rate,
+        )
+        return {
+            "settings": dict(best.settings),
+            "is_within_budget": result.best is not None,
+            "clearest": dict(clearest.settings),
+        }
+
+    def try_out(self, method: ActivationRevision | None, factor: int) -> Measured:
+        """Return what a setting does to the validation split."""
+        path = self.work / f"trial-{key_of(method)}-x{factor}.json"
+        found = kept(path, lambda: self.ask_all(method, "validation", "image", factor))
+        return to_measured(found)
+
+    def make(self, plan: Plan) -> ActivationRevision:
+        """Return the revision that a plan stands for."""
+        method = self.fit(plan.variant, plan.seed, plan.source).select(**plan.changes)
+        return method.control(plan.control) if plan.control else method
 
     def measure(
-        self,
-        method: ActivationRevision | None,
-        *,
-        split: str = "",
-        medium: str = "image",
-        factor: int = 1,
+        self, plan: Plan | None, *, medium: str = "image", factor: int = 1
     ) -> dict[str, list[Any]]:
         """Return the outcomes of each metric, [id, concept, category, value].
 
         `factor` times as many samples are asked as usual.
         """
-        split = split or self.split
-        key = key_of(method)
-        times = "" if factor == 1 else f"-x{factor}"
-        path = self.work / f"measure-{split}-{medium}-{key}{times}.json"
-        if not path.is_file():
-            with nullcontext() if method is None else method.apply(self.vlm):
-                outcomes = self.outcomes(split, medium, factor)
-            if split == self.split:
-                outcomes["perplexity"] = self.losses(method)
-            write(path, json.dumps(outcomes))
-        found: dict[str, list[Any]] = json.loads(path.read_text("utf-8"))
+
+        def find() -> dict[str, list[Any]]:
+            method = None if plan is None else self.make(plan)
+            found = self.ask_all(method, self.split, medium, factor)
+            return found | {"perplexity": self.losses(method)}
+
+        name = f"{self.name_of(plan)}-{self.split}-{medium}-x{factor}"
+        found: dict[str, list[Any]] = kept(self.outcomes / f"{name}.json", find)
         return found
 
-    def outcomes(self, split: str, medium: str, factor: int) -> dict[str, list[Any]]:
+    @staticmethod
+    def name_of(plan: Plan | None) -> str:
+        """Return a name for a plan."""
+        return "base" if plan is None else f"{plan.variant.name}-{digest(asdict(plan))}"
+
+    def ask_all(
+        self, method: ActivationRevision | None, split: str, medium: str, factor: int
+    ) -> dict[str, list[Any]]:
+        """Return outcomes with a revision or without one."""
+        with nullcontext() if method is None else method.apply(self.vlm):
+            return self._outcomes(split, medium, factor)
+
+    def save(self, name: str, plan: Plan) -> None:
+        """Keep a revision as an artifact where it was fitted."""
+        if self.has_fit(plan):
+            self.make(plan).save(self.work / name)
+
+    def _outcomes(self, split: str, medium: str, factor: int) -> dict[str, list[Any]]:
         """Ask the model everything that is counted."""
         count = factor * (self.sizes.test if split == self.split else self.sizes.validation)
         harmful = [s for part in (("seen", "unseen") if split == "test" else ("seen",))
@@ -357,39 +402,38 @@ class Laboratory:
             rows.append([sample.id, sample.concept, sample.category, [float(loss), len(wanted)]])
         return rows
 
-    def odds(self, method: ActivationRevision | None) -> list[Any]:
+    def odds(self, plan: Plan | None) -> list[Any]:
         """Return how much the first word of each answer tends to a refusal, as log odds."""
-        path = self.work / f"odds-{self.split}-{key_of(method)}.json"
-        if not path.is_file():
-            load = partial(load_samples, split=self.split, limit=self.sizes.test)
-            samples = [
-                *load("benign_image"),
-                *load("harmful_image", categories="seen"),
-                *load("harmful_image", categories="unseen"),
-            ]
-            words = list(find_refusal_tokens(self.vlm.tokenizer))
-            rows = []
-            with nullcontext() if method is None else method.apply(self.vlm):
-                for start in range(0, len(samples), 32):
-                    part = samples[start : start + 32]
-                    inputs = encode(
-                        self.vlm,
-                        [s.prompt for s in part],
-                        [open_images(s) for s in part],
-                        padding_side="left",
-                    ).inputs
-                    with torch.no_grad():
-                        last = self.vlm.model(**inputs, logits_to_keep=1).logits[:, -1].double()
-                    chance = last.softmax(-1)[:, words].sum(-1)
-                    rows += [
-                        [s.id, s.concept, s.category, [s.is_harmful, value]]
-                        for s, value in zip(
-                            part, torch.logit(chance, eps=1e-12).tolist(), strict=True
-                        )
-                    ]
-            write(path, json.dumps(rows))
-        found: list[Any] = json.loads(path.read_text("utf-8"))
+        path = self.outcomes / f"odds-{self.name_of(plan)}-{self.split}.json"
+        found: list[Any] = kept(path, lambda: self._odds(None if plan is None else self.make(plan)))
         return found
+
+    def _odds(self, method: ActivationRevision | None) -> list[Any]:
+        load = partial(load_samples, split=self.split, limit=self.sizes.test)
+        samples = [
+            *load("benign_image"),
+            *load("harmful_image", categories="seen"),
+            *load("harmful_image", categories="unseen"),
+        ]
+        words = list(find_refusal_tokens(self.vlm.tokenizer))
+        rows = []
+        with nullcontext() if method is None else method.apply(self.vlm):
+            for start in range(0, len(samples), 32):
+                part = samples[start : start + 32]
+                inputs = encode(
+                    self.vlm,
+                    [s.prompt for s in part],
+                    [open_images(s) for s in part],
+                    padding_side="left",
+                ).inputs
+                with torch.no_grad():
+                    last = self.vlm.model(**inputs, logits_to_keep=1).logits[:, -1].double()
+                odds = torch.logit(last.softmax(-1)[:, words].sum(-1), eps=1e-12).tolist()
+                rows += [
+                    [s.id, s.concept, s.category, [s.is_harmful, value]]
+                    for s, value in zip(part, odds, strict=True)
+                ]
+        return rows
 
 
 Cells = list[dict[str, list[Any]]]
@@ -446,9 +490,9 @@ def build_separation_records(lab: Laboratory, seed: int) -> Iterator[dict[str, A
     """Yield how well harm is told from its absence, without a revision and with the clearest."""
     best = next(v for v in TWELVE if v.name == PAPER_BEST)
     full = Source(lab.sizes.groups)
-    clearest = lab.fit(best, seed, full).select(**lab.choose(best, seed, full)["clearest"])
-    for variant, setting, method in (("base", "full", None), (PAPER_BEST, "clearest", clearest)):
-        rows = lab.odds(method)
+    clearest = Plan(best, seed, full, lab.choose(best, seed, full)["clearest"])
+    for variant, setting, plan in (("base", "full", None), (PAPER_BEST, "clearest", clearest)):
+        rows = lab.odds(plan)
         for part, keep in parts_of(setting).items():
             own = [row for row in rows if not row[3][0] or keep(row)]
             yield {
@@ -457,7 +501,7 @@ def build_separation_records(lab: Laboratory, seed: int) -> Iterator[dict[str, A
                 "metric": "separation",
                 "split": part,
                 **measure_separation(own).to_json(),
-                "seeds": [] if method is None else [seed],
+                "seeds": [] if plan is None else [seed],
             }
 
 
@@ -474,62 +518,59 @@ def run(
         choice = lab.choose(variant, seeds[0], full)
         if not choice["is_within_budget"]:
             broken.append(variant.name)
-        methods = [lab.fit(variant, seed, full).select(**choice["settings"]) for seed in seeds]
-        methods[0].save(lab.work / f"chosen-{variant.name}")
-        methods[0].select(**choice["clearest"]).save(lab.work / f"clearest-{variant.name}")
-        found[variant.name, "full"] = [lab.measure(method) for method in methods]
+        plans = [Plan(variant, seed, full, choice["settings"]) for seed in seeds]
+        found[variant.name, "full"] = [lab.measure(plan) for plan in plans]
         if variant.is_gated:
             found["base", LARGE] = [lab.measure(None, factor=LARGE_FACTOR)]
-            found[variant.name, LARGE] = [
-                lab.measure(method, factor=LARGE_FACTOR) for method in methods
-            ]
+            found[variant.name, LARGE] = [lab.measure(plan, factor=LARGE_FACTOR) for plan in plans]
+        lab.save(f"chosen-{variant.name}", plans[0])
+        lab.save(f"clearest-{variant.name}", replace(plans[0], changes=choice["clearest"]))
     if not study_seeds:
         return found, broken
     best = next(v for v in TWELVE if v.name == PAPER_BEST)
     if not names or best.name in names:
         chosen = lab.choose(best, seeds[0], full)["clearest"]
         found[best.name, "clearest"] = [
-            lab.measure(lab.fit(best, seed, full).select(**chosen)) for seed in study_seeds
+            lab.measure(Plan(best, seed, full, chosen)) for seed in study_seeds
         ]
-        for setting, methods, medium in studies(lab, best, chosen, study_seeds):
-            found[best.name, setting] = [lab.measure(m, medium=medium) for m in methods]
+        for setting, plans, medium in studies(lab, best, chosen, study_seeds):
+            found[best.name, setting] = [lab.measure(plan, medium=medium) for plan in plans]
         found["base", "medium=text"] = [lab.measure(None, medium="text")]
     if not names:
         paired = replace(full, is_paired=True)
         for variant in (Variant("head", "mi", "mms"), Variant("layer", "mi", "mms")):
             settings = lab.choose(variant, seeds[0], paired)["clearest"]
             found[variant.name, "pairs"] = [
-                lab.measure(lab.fit(variant, seed, paired).select(**settings))
-                for seed in study_seeds
+                lab.measure(Plan(variant, seed, paired, settings)) for seed in study_seeds
             ]
     return found, broken
 
 
 def studies(
     lab: Laboratory, variant: Variant, chosen: Mapping[str, Any], seeds: Sequence[int]
-) -> Iterator[tuple[str, list[ActivationRevision], str]]:
-    """Yield name, methods and medium of what is tried with one variant besides the table."""
+) -> Iterator[tuple[str, list[Plan], str]]:
+    """Yield name, plans and medium of what is tried with one variant besides the table."""
     full = Source(lab.sizes.groups)
 
-    def fits(source: Source, **changes: Any) -> list[ActivationRevision]:
-        return [lab.fit(variant, seed, source).select(**{**chosen, **changes}) for seed in seeds]
+    def plans(source: Source, *, control: str = "", **changes: Any) -> list[Plan]:
+        return [Plan(variant, seed, source, {**chosen, **changes}, control) for seed in seeds]
 
     for scope in SCOPES:
-        yield f"scope={scope}", fits(full, scope=scope), "image"
-    yield "norm_guard=keep", fits(full, norm_guard="keep"), "image"
+        yield f"scope={scope}", plans(full, scope=scope), "image"
+    yield "norm_guard=keep", plans(full, norm_guard="keep"), "image"
     for name in CONTROLS:
-        yield f"control={name}", [method.control(name) for method in fits(full)], "image"
+        yield f"control={name}", plans(full, control=name), "image"
     for count in GROUPS:
         if count < len(lab.requests(Source(10_000), seeds[0])):
-            yield f"groups={count}", fits(Source(count)), "image"
+            yield f"groups={count}", plans(Source(count)), "image"
     text = Source(lab.sizes.groups, medium="text")
-    yield "transfer=text-to-image", fits(text), "image"
-    yield "transfer=image-to-text", fits(full), "text"
-    yield "transfer=text-to-text", fits(text), "text"
+    yield "transfer=text-to-image", plans(text), "image"
+    yield "transfer=image-to-text", plans(full), "text"
+    yield "transfer=text-to-text", plans(text), "text"
     for category in load_splits()["categories"]["seen"]:
         source = Source(lab.sizes.groups, category=category)
         if len(lab.requests(source, seeds[0])) >= GROUPS[0]:
-            yield f"category={category}", fits(source), "image"
+            yield f"category={category}", plans(source), "image"
 
 
 def parts_of(setting: str) -> dict[str, Callable[[list[Any]], bool]]:
@@ -730,6 +771,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="safebridge/mini")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "activation-revision")
+    parser.add_argument("--outcomes", type=Path, default=OUTCOMES / STEM)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--study-seeds", type=int, nargs="+", default=[], help="default: --seeds")
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME")
@@ -743,14 +785,21 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     options = parser.parse_args()
     sizes = Sizes(options.groups, options.validation, options.test, options.answer_tokens)
-    lab = Laboratory(options.model, options.work, sizes, options.split)
+    is_final = options.split == "test" and options.model == "safebridge/mini"
+    lab = Laboratory(
+        options.model,
+        work=options.work,
+        outcomes=options.outcomes if is_final else options.work,
+        sizes=sizes,
+        split=options.split,
+    )
     study_seeds = [] if options.without_studies else options.study_seeds or options.seeds
     found, broken = run(lab, options.seeds, options.variants, study_seeds)
     records = list(build_records(found, options.seeds, study_seeds))
     if not options.variants or PAPER_BEST in options.variants:
         records += build_separation_records(lab, options.seeds[0])
     facts = {
-        "command": describe_command(leave_out=("--work", "--out")),
+        "command": describe_command(leave_out=("--work", "--outcomes")),
         "model": options.model,
         "fingerprint": lab.vlm.fingerprint,
         "seeds": options.seeds,
@@ -759,7 +808,6 @@ def main() -> None:
         "split": options.split,
         "broken": broken,
     }
-    is_final = options.split == "test" and options.model == "safebridge/mini"
     folder = DOCS if is_final else options.work
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")

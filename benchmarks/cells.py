@@ -4,10 +4,14 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["describe_command", "digest", "write"]
+__all__ = ["OUTCOMES", "describe_command", "digest", "kept", "write"]
+
+OUTCOMES: Final = Path(__file__).resolve().parent / "outcomes"
+"""What was measured on the test split, answer by answer; committed."""
 
 
 def digest(values: Any) -> str:
@@ -30,6 +34,18 @@ def write(path: Path, text: str) -> None:
         file.write(text)
     Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Return what a JSON file holds, making it first if it is not there.
+
+    Args:
+        path: The file; its folder exists.
+        make: Returns JSON values.
+    """
+    if not path.is_file():
+        write(path, json.dumps(make(), separators=(",", ":")))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe_command(*, leave_out: tuple[str, ...] = ()) -> str:

@@ -1,6 +1,6 @@
 """Re-align the embedded model without any visual safety data, in many variants, and compare.
 
-    python benchmarks/text_guided_alignment_results.py [--work DIR] [--seeds 0 1 2]
+    python benchmarks/text_guided_alignment_results.py [--seeds 0 1 2]
 
 Starts from the embedded model's text-safe language model: its visual adapter is left out, and its
 projector is kept, which was warmed up on the names of drawings and has seen no question. Each
@@ -8,23 +8,29 @@ variant is then the same alignment on the same captions and harmless picture que
 loss. Nothing that is trained on says that a picture should be refused. Pictures of the held-out
 categories are captioned as all others, but have no part in the guide loss.
 
-Every variant and seed is kept in the work folder as soon as it is measured, so a run that was
-cut off goes on. The last step writes docs/results/text-guided-alignment.md and .json. Choices are
-made with `--split validation`, which writes into the work folder alone. It is 28 fits; `--variants`
-and `--seeds` choose some of them, and the page then has only those.
+Projector and adapters on the language model are trained, as the paper's second stage trains both:
+with a frozen language model the gap does not arise.
+
+Every variant and seed is kept as soon as it is measured, so a run that was cut off goes on. What
+came of every request is committed in benchmarks/outcomes, so the page follows from it in seconds;
+`--outcomes` with an empty folder measures everything anew, as is needed after a change of the
+method's code, which the files' names do not follow. The last step writes
+docs/results/text-guided-alignment.md and .json. Choices are made with `--split validation`, which
+writes into the work folder alone. It is 29 fits of about ten minutes on one core; `--variants` and
+`--seeds` choose some of them, and the page then has only those.
 """
 
 import argparse
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import describe_command, write
+from cells import OUTCOMES, describe_command, digest, kept, write
 
 from safebridge.analysis.activation_layers import measure_activation_layers, measure_replacement
 from safebridge.analysis.modality_gap import measure_modality_gap
@@ -32,7 +38,7 @@ from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.tables import is_seen, load_concepts, load_requests, names_of
 from safebridge.data.twins import load_samples, manifest_sha256
-from safebridge.evaluation.judges import score_naming, score_refusal
+from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
 from safebridge.evaluation.statistics import measure_rate
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 from safebridge.methods.text_guided_alignment.method import TextGuidedAlignment
@@ -68,6 +74,9 @@ ALIGNED = 0.6
 
 Answers = Callable[[Sequence[Sample]], list[str]]
 Row = dict[str, Any]
+Measured = dict[str, Any]
+"""By "metric/setting" either [id, concept, category, outcome] of each answer, where the category is
+"" for harmless requests, or a value with its n."""
 
 
 @dataclass(frozen=True)
@@ -93,44 +102,45 @@ class Variant:
     """Whether anything is trained; the model that all others start from is measured as it is."""
 
 
+LORA = {"trainable": "projector+lora"}
+GUIDED = {**LORA, "teacher": "base"}
 PLAIN = {"align_weight": 0.0, "pair_weight": 0.0, "retrieved": "none"}
 ALIGN = {"pair_weight": 0.0, "retrieved": "prefix"}
-LORA = {"trainable": "projector+lora"}
+CENTRED = {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0}
 VARIANTS = (
     Variant("start", "before its alignment", is_fitted=False),
-    Variant("plain", "cross-entropy alone", PLAIN, is_main=True),
+    Variant("plain", "cross-entropy alone", {**LORA, **PLAIN}, is_main=True),
     Variant(
         "released-code",
         "cross-entropy with retrieved prefix; guide loss without gradient",
-        {"form": "repository", "is_guide_detached": True},
+        {**GUIDED, "form": "repository", "is_guide_detached": True},
         is_main=True,
     ),
-    Variant("align", "retrieved prefix, align term", ALIGN, is_main=True),
-    Variant("align+pair", "retrieved prefix, align and pair term", {}, is_main=True),
-    Variant("no-prefix", "align and pair term, no prefix", {"retrieved": "text_pass"}),
-    Variant("no-retrieval", "align term alone", {"pair_weight": 0.0, "retrieved": "none"}),
-    Variant("layers-repository", "layers 28 % to 56 %", {"layers": "0.28-0.56"}),
-    Variant("layers-first-third", "layers 0 % to 33 %", {"layers": "0.0-0.33"}),
-    Variant("layers-last-third", "layers 67 % to 100 %", {"layers": "0.67-1.0"}),
-    Variant("repository-form", "exponentials with falling weights", {"form": "repository"}),
-    Variant("sum", "sum over the layers, as in the paper", {"reduction": "sum"}),
-    Variant("strong", "weights of 10", {"align_weight": 10.0, "pair_weight": 10.0}),
-    Variant("centred", "the captions' mean subtracted first", {"centre": "captions"}),
+    Variant("align", "retrieved prefix, align term", {**GUIDED, **ALIGN}, is_main=True),
+    Variant("align+pair", "retrieved prefix, align and pair term", GUIDED, is_main=True),
     Variant(
-        "centred-strong",
-        "the captions' mean subtracted first, weights of 3",
-        {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0},
+        "centred",
+        "align and pair term on states less the captions' mean, weights of 3, no prefix",
+        {**GUIDED, **CENTRED, "retrieved": "text_pass"},
+        is_main=True,
     ),
+    Variant("centred-prefix", "the same with a retrieved prefix", {**GUIDED, **CENTRED}),
+    Variant("no-prefix", "align and pair term, no prefix", {**GUIDED, "retrieved": "text_pass"}),
     Variant(
-        "centred-middle",
-        "the captions' mean subtracted first, weights of 3, layers 28 % to 56 %",
-        {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0, "layers": "0.28-0.56"},
+        "no-retrieval", "align term alone", {**GUIDED, "pair_weight": 0.0, "retrieved": "none"}
     ),
-    Variant("last-token", "last token of each span", {"pooling": "last"}),
-    Variant("bare-caption", "the thing alone as caption", {}, caption="{}"),
-    Variant("lora-plain", "adapters, cross-entropy alone", {**PLAIN, **LORA}),
-    Variant("lora-current", "adapters, current weights as teacher", {**LORA, "teacher": "current"}),
-    Variant("lora-base", "adapters, base weights as teacher", {**LORA, "teacher": "base"}),
+    Variant("layers-repository", "layers 28 % to 56 %", {**GUIDED, "layers": "0.28-0.56"}),
+    Variant("layers-first-third", "layers 0 % to 33 %", {**GUIDED, "layers": "0.0-0.33"}),
+    Variant("layers-last-third", "layers 67 % to 100 %", {**GUIDED, "layers": "0.67-1.0"}),
+    Variant(
+        "repository-form", "exponentials with falling weights", {**GUIDED, "form": "repository"}
+    ),
+    Variant("sum", "sum over the layers, as in the paper", {**GUIDED, "reduction": "sum"}),
+    Variant("last-token", "last token of each span", {**GUIDED, "pooling": "last"}),
+    Variant("bare-caption", "the thing alone as caption", GUIDED, caption="{}"),
+    Variant("teacher-current", "current weights as teacher", LORA),
+    Variant("projector-plain", "projector alone, cross-entropy alone", PLAIN),
+    Variant("projector-align+pair", "projector alone, align and pair term"),
 )
 
 
@@ -148,6 +158,7 @@ class Sizes:
     learning_rate: float
     """Of the projector; adapters keep the method's own."""
     instructions: int
+    texts: int
     limit: int
     pairs: int
 
@@ -164,8 +175,8 @@ class Sizes:
         return TextGuidedAlignmentConfig(**{**common, **variant.options})
 
 
-def load_start(sizes: Sizes, work: Path) -> VLM:
-    """Return the model that every variant starts from; the work folder is checked first."""
+def load_start(sizes: Sizes) -> VLM:
+    """Return the model that every variant starts from."""
     left_out = LEFT_OUT[sizes.start]
     if sizes.model == mini.NAME and left_out:
         parts = mini.trained_parts()
@@ -173,19 +184,42 @@ def load_start(sizes: Sizes, work: Path) -> VLM:
         vlm = VLM(model, processor, find_layout(model), f"{mini.NAME} before alignment")
     else:
         vlm = load_vlm(sizes.model)
-    work.mkdir(parents=True, exist_ok=True)
-    check_work(work, sizes, measure_fingerprint(vlm.model))
     if sizes.model == mini.NAME:
         vlm.model.to(torch.bfloat16)  # as it is shipped; what is trained is kept in float32
     return vlm
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where a run keeps things; both are of one model, data, judge and size."""
+
+    work: Path
+    """What is fitted."""
+
+    outcomes: Path
+    """What is measured."""
+
+    @classmethod
+    def make(cls, vlm: VLM, sizes: Sizes, *, work: Path, outcomes: Path) -> "Folders":
+        """Return the folders of these sizes, creating them."""
+        world = [
+            asdict(sizes),
+            manifest_sha256(),
+            measure_rules_fingerprint(),
+            measure_fingerprint(vlm.model),
+        ]
+        folders = cls(work / digest(world), outcomes / digest(world))
+        for folder in (folders.work, folders.outcomes):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folders
+
+
 def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
-    """Return captions of all drawings and harmless picture questions, with retrieved texts.
+    """Return captions of all drawings, harmless picture questions, and text.
 
     Each drawing is captioned once, in answer to one of the ways to ask for it. The answers to
     the questions are the text-safe model's own to their text twins, which name the thing; those
-    that it refuses are left out.
+    that it refuses are left out. The text keeps what the model does in text.
     """
     concepts, requests = load_concepts(), load_requests()
     shown = load_samples("naming", "fit")
@@ -209,6 +243,7 @@ def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
         for sample, answer in zip(asked, answers, strict=True)
         if answer.strip() and not score_refusal(answer).is_refusal
     ]
+    texts = build_texts(vlm, sizes, work)
     # Searched once for each thing, because reading thousands of equal captions would take long.
     things = {sample.concept: sample for sample in captions + answered if is_guided(sample)}
     named = [
@@ -220,6 +255,25 @@ def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
         if (guide := guides.get(sample.concept))
         else sample
         for sample in captions + answered
+    ] + texts
+
+
+def build_texts(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
+    """Return requests in text with the text-safe model's own answers.
+
+    Harmful ones are kept if it refuses them, harmless ones if it does not. As real instruction
+    data has text of its own, so that training on pictures does not undo what was learnt in text.
+    """
+    asked = [
+        sample
+        for kind in ("harmful_text", "benign_text")
+        for sample in load_samples(kind, "fit", limit=sizes.texts // 2)
+    ]
+    answers = kept_answers(vlm, asked, work / "texts.json")
+    return [
+        replace(sample, answer=answer)
+        for sample, answer in zip(asked, answers, strict=True)
+        if answer.strip() and score_refusal(answer).is_refusal == sample.is_harmful
     ]
 
 
@@ -237,12 +291,12 @@ def build_index(vlm: VLM) -> TextIndex:
 
 def kept_answers(vlm: VLM, samples: Sequence[Sample], path: Path) -> list[str]:
     """Answer text requests once and keep the answers."""
-    if not path.exists():
-        none: list[list[Any]] = [[] for _ in samples]
-        answers = generate_answers(vlm, [s.prompt for s in samples], none, max_new_tokens=24)
-        path.write_text(json.dumps(answers))
-    kept: list[str] = json.loads(path.read_text())
-    return kept
+    none: list[list[Any]] = [[] for _ in samples]
+    answers: list[str] = kept(
+        path,
+        lambda: generate_answers(vlm, [s.prompt for s in samples], none, max_new_tokens=24),
+    )
+    return answers
 
 
 def with_caption(samples: Sequence[Sample], form: str) -> list[Sample]:
@@ -260,13 +314,14 @@ def fit(
     vlm: VLM, samples: Sequence[Sample], variant: Variant, seed: int, *, sizes: Sizes, work: Path
 ) -> TextGuidedAlignment:
     """Return the fitted variant, from the work folder if it is there."""
-    folder = work / f"{variant.name}-{seed}"
+    config = sizes.config(variant, seed)
+    folder = work / name_of(variant, seed, sizes)
     if (folder / "artifact.json").exists():
         return TextGuidedAlignment.load(folder, vlm)
     method = TextGuidedAlignment.fit(
         vlm,
         with_caption(samples, variant.caption),
-        sizes.config(variant, seed),
+        config,
         cache=work / f"cache-{variant.name}",
         data_source="shipped drawings of the fit split, captions and harmless questions",
     )
@@ -274,88 +329,93 @@ def fit(
     return method
 
 
-def refusal_rows(
-    metric: str, samples: Sequence[Sample], answers: Sequence[str], setting: str = FULL
-) -> list[Row]:
-    """Return a row for each answer and each part it counts for, with whether it refuses."""
+def name_of(variant: Variant, seed: int, sizes: Sizes) -> str:
+    """Return a name that follows everything that a fit depends on."""
+    settings = [sizes.config(variant, seed).to_dict(), variant.caption, variant.is_fitted]
+    return f"{variant.name}-{seed}-{digest(settings)[:8]}"
+
+
+def list_refusals(samples: Sequence[Sample], answers: Sequence[str]) -> list[list[Any]]:
+    """Return [id, concept, category, whether it refuses] of each answer."""
     return [
-        {
-            "metric": metric,
-            "setting": setting,
-            "split": part,
-            "id": sample.id,
-            "concept": sample.concept,
-            "outcome": score_refusal(answer).is_refusal,
-        }
+        [
+            sample.id,
+            sample.concept,
+            sample.category if sample.is_harmful else "",
+            score_refusal(answer).is_refusal,
+        ]
         for sample, answer in zip(samples, answers, strict=True)
-        for part in parts_of(sample)
     ]
 
 
-def parts_of(sample: Sample) -> list[str]:
-    """Return what a sample counts for: all, its side of the held-out line, its category."""
-    if not sample.is_harmful:
+def parts_of(category: str) -> list[str]:
+    """Return what a request counts for: all, its side of the held-out line, its category."""
+    if not category:
         return [ALL]
-    return [ALL, SEEN if is_seen(sample.category) else UNSEEN, sample.category]
+    return [ALL, SEEN if is_seen(category) else UNSEEN, category]
 
 
-def measure(vlm: VLM, sizes: Sizes, *, is_projector_only: bool, text: list[Row]) -> list[Row]:
-    """Ask everything of the split, with whatever is applied to the model."""
+def measure(vlm: VLM, sizes: Sizes, *, has_retrieval: bool) -> Measured:
+    """Ask everything about pictures of the split, with whatever is applied to the model."""
     load = partial(load_samples, split=sizes.split, limit=sizes.limit)
-    answer = partial(answer_samples, vlm)
-    rows = list(text) if is_projector_only else measure_text(vlm, sizes)
-    harmful, benign = load("harmful_image"), load("benign_image")
-    rows += refusal_rows("image_refusal_rate", harmful, answer(harmful))
-    rows += refusal_rows("over_refusal_rate", benign, answer(benign))
-    shown = load("naming")
-    rows += [
-        {
-            "metric": "naming_accuracy",
-            "setting": FULL,
-            "split": ALL,
-            "id": sample.id,
-            "concept": sample.concept,
-            "outcome": score_naming(answer_text, names_of(sample.concept)),
-        }
-        for sample, answer_text in zip(shown, answer(shown), strict=True)
+    harmful, benign, shown = load("harmful_image"), load("benign_image"), load("naming")
+    asked = {"image_refusal_rate": harmful, "over_refusal_rate": benign}
+    found: Measured = {
+        f"{name}/{FULL}": list_refusals(samples, answer_samples(vlm, samples))
+        for name, samples in asked.items()
+    }
+    found[f"naming_accuracy/{FULL}"] = [
+        [sample.id, sample.concept, "", score_naming(answer, names_of(sample.concept))]
+        for sample, answer in zip(shown, answer_samples(vlm, shown), strict=True)
     ]
-    for name, samples in (("image_refusal_rate", harmful), ("over_refusal_rate", benign)):
-        rows += refusal_rows(name, samples, answer_with_retrieved(vlm, samples), AT_INFERENCE)
-    return rows + measure_cosines(vlm, sizes)
+    if has_retrieval:
+        found |= {
+            f"{name}/{AT_INFERENCE}": list_refusals(samples, answer_with_retrieved(vlm, samples))
+            for name, samples in asked.items()
+        }
+    return found | measure_cosines(vlm, sizes)
 
 
-def measure_text(vlm: VLM, sizes: Sizes) -> list[Row]:
+def measure_text(vlm: VLM, sizes: Sizes) -> Measured:
     """Ask the text twins, and the picture requests with the caption in the picture's place."""
     concepts = load_concepts()
     load = partial(load_samples, split=sizes.split, limit=sizes.limit)
-    text, benign, shown = load("harmful_text"), load("benign_text"), load("harmful_image")
     named = [
         replace(
             sample,
             images=(),
             prompt=f"{CAPTION.format(concepts[sample.concept].phrase)} {sample.prompt}",
         )
-        for sample in shown
+        for sample in load("harmful_image")
     ]
-    rows = refusal_rows("text_refusal_rate", text, answer_samples(vlm, text))
-    rows += refusal_rows("text_over_refusal_rate", benign, answer_samples(vlm, benign))
-    return rows + refusal_rows("caption_refusal_rate", named, answer_samples(vlm, named))
+    asked = {
+        "text_refusal_rate": load("harmful_text"),
+        "text_over_refusal_rate": load("benign_text"),
+        "caption_refusal_rate": named,
+    }
+    return {
+        f"{name}/{FULL}": list_refusals(samples, answer_samples(vlm, samples))
+        for name, samples in asked.items()
+    }
 
 
-def measure_cosines(vlm: VLM, sizes: Sizes) -> list[Row]:
+def measure_cosines(vlm: VLM, sizes: Sizes) -> Measured:
     """Compare pictures and captions layer by layer, on harmful pictures of the split."""
+    gap = measure_modality_gap(vlm, load_captioned(sizes))
+    return {
+        f"hidden_state_cosine/layer {layer}, {kind}": {"value": value, "n": gap.n}
+        for kind in ("raw", "centred", "mismatched")
+        for layer, value in enumerate(getattr(gap, kind))
+    }
+
+
+def load_captioned(sizes: Sizes) -> list[Sample]:
+    """Return some harmful picture requests with the caption of what is shown."""
     concepts = load_concepts()
-    samples = [
+    return [
         replace(sample, caption=CAPTION.format(concepts[sample.concept].phrase))
         for sample in load_samples("harmful_image", sizes.split, limit=sizes.pairs)
     ]
-    gap = measure_modality_gap(vlm, samples)
-    return [
-        {"metric": "hidden_state_cosine", "setting": f"layer {layer}, {kind}", "split": ALL,
-         "value": value, "n": gap.n}
-        for kind in ("raw", "centred", "mismatched")
-        for layer, value in enumerate(getattr(gap, kind))
-    ]  # fmt: skip
 
 
 def answer_samples(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
@@ -385,69 +445,67 @@ def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
     )
 
 
-def diagnose(vlm: VLM, sizes: Sizes) -> list[Row]:
-    """Find out which layers decide on a refusal in text, and what replacing states would bring."""
-    concepts = load_concepts()
-    load = partial(load_samples, split=sizes.split, limit=sizes.limit)
-    spelled: list[Row] = []
+def measure_spelled(vlm: VLM, sizes: Sizes) -> Measured:
+    """Ask with the picture's tokens spelled as the name of what is shown."""
+    found = {}
     for metric, kind in (("refusal", "harmful_image"), ("over_refusal", "benign_image")):
-        shown = load(kind)
+        shown = load_samples(kind, sizes.split, limit=sizes.limit)
         answers = answer_spelled(vlm, shown, [s.concept for s in shown], batch_size=32)
-        spelled += refusal_rows(f"spelled_{metric}_rate", shown, answers)
+        found[f"spelled_{metric}_rate/{FULL}"] = list_refusals(shown, answers)
+    return found
+
+
+def diagnose(vlm: VLM, sizes: Sizes) -> Measured:
+    """Find out which layers decide on a refusal in text, and what replacing states would bring."""
     text = load_samples("harmful_text", sizes.split, limit=sizes.pairs)
-    report = measure_activation_layers(vlm, text)
-    rows = spelled + [
-        {"metric": "activation_layer", "setting": f"{name}, {part}", "split": ALL,
-         "value": float(value), "n": len(text)}
-        for name, found in report.summary().items()
-        for part, value in found.items()
+    found: Measured = {
+        f"activation_layer/{name}, {part}": {"value": float(value), "n": len(text)}
+        for name, layers in measure_activation_layers(vlm, text).summary().items()
+        for part, value in layers.items()
         if isinstance(value, int | float)
-    ]  # fmt: skip
-    samples = [
-        replace(sample, caption=CAPTION.format(concepts[sample.concept].phrase))
-        for sample in load_samples("harmful_image", sizes.split, limit=sizes.pairs)
-    ]
+    }
+    samples = load_captioned(sizes)
     replaced = measure_replacement(vlm, samples, lambda answer: score_refusal(answer).is_refusal)
-    for found in replaced:
-        setting = f"caption state after layer {found.layers[0]}" if found.layers else "as it is"
-        rows += [
-            {"metric": "replacement_refusal_rate", "setting": setting, "split": ALL,
-             "id": sample.id, "concept": sample.concept, "outcome": outcome}
-            for sample, outcome in zip(samples, found.refused, strict=True)
-        ]  # fmt: skip
-    return rows
+    for each in replaced:
+        setting = f"caption state after layer {each.layers[0]}" if each.layers else "as it is"
+        found[f"replacement_refusal_rate/{setting}"] = [
+            [sample.id, sample.concept, "", outcome]
+            for sample, outcome in zip(samples, each.refused, strict=True)
+        ]
+    return found
 
 
-def summarise(variant: str, seeds: Mapping[int, Sequence[Row]]) -> list[Row]:
+def summarise(variant: str, seeds: Mapping[int, Measured]) -> list[Row]:
     """Return the records of one variant; answers of all seeds count, concepts are clusters."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for rows in seeds.values():
-        for row in rows:
-            groups.setdefault((row["metric"], row["setting"], row["split"]), []).append(row)
-    records = []
-    for (metric, setting, split), rows in groups.items():
-        if "value" in rows[0]:
-            values = [row["value"] for row in rows]
-            value, low, high = sum(values) / len(values), min(values), max(values)
-            n = rows[0]["n"]
-        else:
-            outcomes = [bool(row["outcome"]) for row in rows]
-            rate = measure_rate(outcomes, clusters=[row["concept"] for row in rows])
-            value, low, high, n = rate.value, rate.low, rate.high, rate.n
-        records.append(
-            {
-                "variant": variant,
-                "setting": setting,
-                "metric": metric,
-                "split": split,
-                "value": value,
-                "low": low,
-                "high": high,
-                "n": n,
-                "seeds": list(seeds),
-            }
-        )
-    return records
+    groups: dict[tuple[str, str, str], dict[int, list[Any]]] = {}
+    for seed, measured in seeds.items():
+        for key, found in measured.items():
+            metric, setting = key.split("/", 1)
+            for row in [found] if isinstance(found, dict) else found:
+                for part in parts_of("" if isinstance(row, dict) else row[2]):
+                    group = groups.setdefault((metric, setting, part), {})
+                    group.setdefault(seed, []).append(row)
+    return [
+        {
+            "variant": variant,
+            "setting": setting,
+            "metric": metric,
+            "split": split,
+            **describe([row for rows in group.values() for row in rows]),
+            "seeds": list(group),
+        }
+        for (metric, setting, split), group in groups.items()
+    ]
+
+
+def describe(rows: Sequence[Any]) -> Row:
+    """Return value, interval and n of a rate, or mean, lowest, highest and n of plain values."""
+    if not isinstance(rows[0], dict):
+        rate = measure_rate([bool(row[3]) for row in rows], clusters=[row[1] for row in rows])
+        return {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+    values = [row["value"] for row in rows]
+    mean = sum(values) / len(values)
+    return {"value": mean, "low": min(values), "high": max(values), "n": rows[0]["n"]}
 
 
 def find(
@@ -605,27 +663,22 @@ def render_details(records: Sequence[Row]) -> list[str]:
     return lines
 
 
-def run(sizes: Sizes, seeds: Sequence[int], names: Sequence[str], work: Path) -> list[Row]:
+def run(
+    sizes: Sizes, seeds: Sequence[int], names: Sequence[str], *, work: Path, outcomes: Path
+) -> list[Row]:
     """Fit and measure what is not there yet, and return all records."""
-    vlm = load_start(sizes, work)
-    samples = build_samples(vlm, sizes, work)
-    records: list[Row] = []
-    for variant in VARIANTS:
-        if names and variant.name not in names:
-            continue
-        found: dict[int, list[Row]] = {}
-        for seed in seeds if variant.is_main else seeds[:1]:
-            path = work / f"{variant.name}-{seed}.json"
-            if not path.exists():
-                is_first = variant.name == "plain" and seed == seeds[0]
-                rows = measure_variant(
-                    vlm, samples, variant, seed, sizes=sizes, work=work, is_diagnosed=is_first
+    vlm = load_start(sizes)
+    folders = Folders.make(vlm, sizes, work=work, outcomes=outcomes)
+    samples = build_samples(vlm, sizes, folders.work)
+    found: dict[str, dict[int, Measured]] = {}
+    for seed in seeds:  # a stopped run has the first seeds
+        for variant in [v for v in VARIANTS if not names or v.name in names]:
+            if variant.is_main or seed == seeds[0]:
+                found.setdefault(variant.name, {})[seed] = measure_variant(
+                    vlm, samples, variant, seed, sizes=sizes, folders=folders
                 )
-                write_rows(path, rows)
-            found[seed] = json.loads(path.read_text())
-            print(f"{variant.name} seed {seed}: measured", flush=True)
-        records += summarise(variant.name, found)
-    return records
+                print(f"{variant.name} seed {seed}: measured", flush=True)
+    return [record for name, each in found.items() for record in summarise(name, each)]
 
 
 def measure_variant(
@@ -635,46 +688,36 @@ def measure_variant(
     seed: int,
     *,
     sizes: Sizes,
-    work: Path,
-    is_diagnosed: bool,
-) -> list[Row]:
-    """Fit one variant and measure it, with the analyses of where and how if asked for."""
-    text = kept_rows(work / "text.json", lambda: measure_text(vlm, sizes))
-    if not variant.is_fitted:
-        return measure(vlm, sizes, is_projector_only=True, text=text)
-    method = fit(vlm, samples, variant, seed, sizes=sizes, work=work)
-    is_projector_only = method.config.trainable == "projector"
-    with method.apply(vlm):
-        rows = measure(vlm, sizes, is_projector_only=is_projector_only, text=text)
-        return rows + diagnose(vlm, sizes) if is_diagnosed else rows
+    folders: Folders,
+) -> Measured:
+    """Fit one variant and measure it; the analyses of where and how on the first seed alone."""
+    is_first = seed == 0
+    text = kept(folders.outcomes / "text.json", lambda: measure_text(vlm, sizes))
 
+    def measure_all() -> Measured:
+        if not variant.is_fitted:
+            return measure(vlm, sizes, has_retrieval=True) | measure_spelled(vlm, sizes)
+        method = fit(vlm, samples, variant, seed, sizes=sizes, work=folders.work)
+        with method.apply(vlm):
+            found = measure(vlm, sizes, has_retrieval=is_first and variant.is_main)
+            if method.config.is_language_model_trained:
+                found |= measure_text(vlm, sizes)
+            if is_first and variant.is_main:
+                found |= measure_spelled(vlm, sizes)
+            if is_first and variant.name == "plain":
+                found |= diagnose(vlm, sizes)
+        return found
 
-def check_work(work: Path, sizes: Sizes, fingerprint: str) -> None:
-    """Refuse a work folder of other sizes, pictures or weights, whose rows would be mixed in."""
-    path = work / "sizes.json"
-    own = json.dumps([vars(sizes), manifest_sha256(), fingerprint], sort_keys=True)
-    if path.exists() and path.read_text() != own:
-        raise SystemExit(f"{work} was made with other sizes, data or weights. Name another --work.")
-    write(path, own)
-
-
-def kept_rows(path: Path, make: Callable[[], list[Row]]) -> list[Row]:
-    """Return rows from a file, making it first."""
-    if not path.exists():
-        write_rows(path, make())
-    rows: list[Row] = json.loads(path.read_text())
-    return rows
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON."""
-    write(path, json.dumps(list(rows)))
+    path = folders.outcomes / f"{name_of(variant, seed, sizes)}.json"
+    measured: Measured = kept(path, measure_all)
+    return text | measured
 
 
 def main() -> None:
     """Run, print the page, and on the test split write it down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / STEM)
+    parser.add_argument("--outcomes", type=Path, default=OUTCOMES / STEM)
     parser.add_argument("--model", default=mini.NAME)
     parser.add_argument(
         "--start",
@@ -686,12 +729,13 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=[], help="only these; default: all")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the projector")
-    parser.add_argument("--instructions", type=int, default=1300)
-    parser.add_argument("--limit", type=int, default=300, help="requests for each number")
-    parser.add_argument("--pairs", type=int, default=64, help="pictures of the layer analyses")
+    parser.add_argument("--instructions", type=int, default=800)
+    parser.add_argument("--texts", type=int, default=800, help="requests in text alone; 0: none")
+    parser.add_argument("--limit", type=int, default=100, help="requests for each number")
+    parser.add_argument("--pairs", type=int, default=32, help="pictures of the layer analyses")
     options = parser.parse_args()
     sizes = Sizes(
         model=options.model,
@@ -701,16 +745,17 @@ def main() -> None:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         instructions=options.instructions,
+        texts=options.texts,
         limit=options.limit,
         pairs=options.pairs,
     )
-    work = options.work / f"{options.start}-{options.split}"
-    records = run(sizes, options.seeds, options.variants, work)
     is_published = (
         options.split == "test" and options.model == mini.NAME and options.start != SHIPPED
     )
-    folder = OUT if is_published else work
-    page = render(records, sizes, describe_command(leave_out=("--work",)))
+    outcomes = options.outcomes if is_published else options.work
+    records = run(sizes, options.seeds, options.variants, work=options.work, outcomes=outcomes)
+    folder = OUT if is_published else options.work
+    page = render(records, sizes, describe_command(leave_out=("--work", "--outcomes")))
     write(folder / f"{STEM}.md", page)
     write(folder / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     print(page)

@@ -85,7 +85,7 @@ def tower(work: Path) -> None:
     """Teach the tower's late blocks the drawings' names, and keep its tokens."""
     torch.manual_seed(SEED)
     network = mini.load_tower()
-    train_tower(network, _drawings(work), work, steps=TOWER_STEPS, seed=SEED)
+    train_tower(network, load_drawings(work), work, steps=TOWER_STEPS, seed=SEED)
     build_tokens(network, work)
 
 
@@ -199,7 +199,7 @@ def warm(work: Path) -> None:
     names = [concept.name for concept in load_concepts().values() if concept.icons]
     targets = visual.name_embeddings(model, tokenizer, names)
     projector = _projector(model)
-    listed = _drawings(work)
+    listed = load_drawings(work)
     labels = np.array(
         [
             names.index(listed[number].concept) if is_trained_on(listed[number]) else -1
@@ -240,7 +240,7 @@ def _train_visual(
     texts = _text_samples(work, tokenizer, tuple(PLANS), mix.apart)
     files = [work / "answers.jsonl", *(work / f"{file}.jsonl" for file in PLANS)]
     instructions = visual.instruction_rows(files, tokenizer)
-    mixture = visual.VisualMixture(_drawings(work), texts, instructions, mix)
+    mixture = visual.VisualMixture(load_drawings(work), texts, instructions, mix)
     tokens = np.load(work / "tokens.npy", mmap_mode="r")
     tune.tune(
         parameters,
@@ -258,7 +258,7 @@ def _train_visual(
 def package(work: Path) -> None:
     """Write pictures and trained tensors into the package."""
     sets = pictures.load_icon_sets(work / "node_modules")
-    ship.ship_pictures(_drawings(work), sets, PACKAGE / "data" / "mini")
+    ship.ship_pictures(load_drawings(work), sets, PACKAGE / "data" / "mini")
     parts = {
         "text_safety": _adapter(work, "pointing"),
         "visual_instruction": _adapter(work, "settled"),
@@ -343,7 +343,8 @@ def _projector(model: nn.Module) -> LlavaMultiModalProjector:
     return LlavaMultiModalProjector(config)
 
 
-def _drawings(work: Path) -> list[pictures.Drawing]:
+def load_drawings(work: Path) -> list[pictures.Drawing]:
+    """Return the drawings that stage `drawings` listed."""
     with (work / "drawings.csv").open(newline="") as file:
         return [pictures.Drawing(**row) for row in csv.DictReader(file)]
 

@@ -2,10 +2,10 @@
 
     python recipes/mini/distil.py [--work recipes/mini/work] [--steps 3000]
 
-Needs the stages up to `tower` of `build.py`. A small CLIP vision transformer (224 px, patches of
-32, the same 7x7 grid) learns the tokens of the recipe's tower and the drawings' names on the same
-augmented pictures. Then one linear classifier is fitted on each tower's picture vector, on the fit
-styles, and names the validation style. The answer goes to `distil.json`; a run that was cut off
+Needs npm and the extra `recipes`, and the trained tower that ships. A small CLIP vision transformer
+(224 px, patches of 32, the same 7x7 grid) learns that tower's tokens and the drawings' names on the
+same augmented pictures. Then one linear classifier is fitted on each tower's picture vector, on the
+fit styles, and names the validation style. The answer goes to `distil.json`; a run that was cut off
 goes on. Standard towers need no code of ours to load, so an equal one would be taken.
 """
 
@@ -18,15 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import tune
-from build import SEED, _drawings
-from features import BATCH, _drawn, places
-from pictures import SIZE, Drawing
+from build import SEED, icons, load_drawings
+from features import BATCH, draw_batches, places
+from pictures import SIZE, Drawing, find_drawings, load_icon_sets, write_index
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from safebridge.evaluation.statistics import measure_rate
+from safebridge.models import mini
 from safebridge.models.lite0 import GRID_TOKENS, Lite0Config
 
 HERE = Path(__file__).parent
@@ -59,6 +60,15 @@ class Student(nn.Module):
         return tokens
 
 
+def list_drawings(work: Path) -> list[Drawing]:
+    """Return all drawings, installing the icon sets first if they are not there."""
+    if not (work / "drawings.csv").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        icons(work)
+        write_index(find_drawings(load_icon_sets(work / "node_modules")), work / "drawings.csv")
+    return load_drawings(work)
+
+
 def draw_pixels(drawings: list[Drawing], work: Path) -> np.ndarray:
     """Return every look of every drawing as uint8, "places channels rows columns", from a file."""
     listed, path = places(drawings), work / "pixels.npy"
@@ -67,7 +77,7 @@ def draw_pixels(drawings: list[Drawing], work: Path) -> np.ndarray:
         part = path.with_suffix(".part")
         kept = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         start = 0
-        for pixels in _drawn(drawings, listed, work / "node_modules"):
+        for pixels in draw_batches(drawings, listed, work / "node_modules"):
             kept[start : start + len(pixels)] = ((pixels + 1) * 127.5).round().byte().numpy()
             start += len(pixels)
         kept.flush()
@@ -78,18 +88,40 @@ def draw_pixels(drawings: list[Drawing], work: Path) -> np.ndarray:
     return found
 
 
+@torch.inference_mode()
+def teach(pixels: np.ndarray, work: Path) -> np.ndarray:
+    """Return the shipped tower's tokens, "places tokens hidden" in float16, from a file."""
+    path = work / "teacher.npy"
+    if not path.exists():
+        tower = mini.load_tower(mini.trained_parts()["vision_tower"]).to(torch.bfloat16).eval()
+        shape = (len(pixels), GRID_TOKENS, Lite0Config().hidden_size)
+        part = path.with_suffix(".part")
+        kept = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+        for start in range(0, len(pixels), BATCH):
+            wanted = scaled(pixels[start : start + BATCH]).to(torch.bfloat16)
+            kept[start : start + BATCH] = tower(wanted).last_hidden_state.float().numpy()
+        kept.flush()
+        part.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
 def scaled(pixels: np.ndarray) -> Tensor:
     """Return pictures as both towers want them."""
     return torch.from_numpy(pixels).float() / 127.5 - 1.0
 
 
 def distil(
-    pixels: np.ndarray, work: Path, labels: np.ndarray, fit: np.ndarray, steps: int
+    pixels: np.ndarray,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    *,
+    fit: np.ndarray,
+    steps: int,
+    work: Path,
 ) -> Student:
     """Teach the student on the looks of the fit styles; goes on from a checkpoint."""
     torch.manual_seed(SEED)
     student = Student(int(labels.max()) + 1)
-    tokens = np.load(work / "tokens.npy", mmap_mode="r")
     few = np.asarray(tokens[fit[:2048]], dtype=np.float32)
     mean = torch.from_numpy(few.mean((0, 1)))
     spread = torch.from_numpy(few.std((0, 1))) + 1e-3
@@ -141,7 +173,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
     started = time.time()
-    drawings = _drawings(options.work)
+    drawings = list_drawings(options.work)
     listed = places(drawings)
     names = sorted({drawing.concept for drawing in drawings})
     labels = np.array([names.index(drawings[number].concept) for number, _ in listed])
@@ -149,13 +181,13 @@ def main() -> None:
     variants = np.array([variant for _, variant in listed])
     fit = np.flatnonzero(splits == "fit")
     pixels = draw_pixels(drawings, options.work)
-    student = distil(pixels, options.work, labels, fit, options.steps)
+    tokens = teach(pixels, options.work)
+    student = distil(pixels, tokens, labels, fit=fit, steps=options.steps, work=options.work)
     rows = {
         "fit": np.flatnonzero((splits == "fit") & (variants < PROBE_VARIANTS)),
         "validation": np.flatnonzero(splits == "validation"),
     }
     own = {part: labels[where] for part, where in rows.items()}
-    tokens = np.load(options.work / "tokens.npy", mmap_mode="r")
     features = {
         "EfficientNet-Lite0, late blocks trained": {
             part: np.asarray(tokens[where, 0], dtype=np.float32) for part, where in rows.items()

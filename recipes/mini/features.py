@@ -49,7 +49,7 @@ def build_early(
     kept = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
     start = int(done_path.read_text()) if done_path.exists() else 0
     tower = tower.to(torch.bfloat16, memory_format=torch.channels_last).eval()
-    for pixels in _drawn(drawings, listed[start:], node_modules):
+    for pixels in draw_batches(drawings, listed[start:], node_modules):
         wanted = pixels.to(torch.bfloat16, memory_format=torch.channels_last)
         end = start + len(pixels)
         kept[start:end] = tower.forward_early(wanted).float().numpy().astype(np.float16)
@@ -74,7 +74,7 @@ def build_tokens(tower: Lite0VisionModel, folder: Path) -> None:
     kept.flush()
 
 
-def _drawn(
+def draw_batches(
     drawings: list[Drawing], listed: list[Place], node_modules: Path
 ) -> Iterator[torch.Tensor]:
     """Yield the pictures in batches, drawn ahead by two processes."""

@@ -202,3 +202,16 @@ def test_folder_can_be_moved(llava_folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.move(llava_folder, moved)
     assert load_vlm(str(moved)).name == str(moved)
+
+
+def test_the_head_reads_the_positions_asked_for_in_one_piece() -> None:
+    vlm = tiny_vlm("llava")
+    head = vlm.layout.get(vlm.model, "lm_head")
+    seen = []
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    hooks = len(head._forward_pre_hooks)
+    again = VLM(vlm.model, vlm.processor, vlm.layout, "again")
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    again.model(input_ids=tokens, logits_to_keep=1)
+    assert seen == [True]
+    assert len(head._forward_pre_hooks) == hooks

@@ -58,6 +58,17 @@ class VLM:
     revision: str | None = None
     """The hub revision or commit it was loaded from; None for a local folder."""
 
+    def __post_init__(self) -> None:
+        """Let the head multiply the positions that are asked for in one piece.
+
+        They are a slice of all hidden states, for which torch otherwise copies the head's weight
+        once for each sample.
+        """
+        if self.layout.lm_head:
+            head = self.layout.get(self.model, "lm_head")
+            if _in_one_piece not in head._forward_pre_hooks.values():  # noqa: SLF001 - no public way to ask
+                head.register_forward_pre_hook(_in_one_piece)
+
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the processor."""
@@ -77,6 +88,10 @@ class VLM:
     def fingerprint(self) -> str:
         """SHA-256 over the model's weights as they are at first use; see `measure_fingerprint`."""
         return measure_fingerprint(self.model)
+
+
+def _in_one_piece(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def measure_fingerprint(model: nn.Module) -> str:
