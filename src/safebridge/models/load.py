@@ -61,8 +61,8 @@ class VLM:
     def __post_init__(self) -> None:
         """Let the head multiply the positions that are asked for in one piece.
 
-        They are a slice of all hidden states, for which torch otherwise copies the head's weight
-        once for each sample.
+        They are a slice of all hidden states, for which torch otherwise copies the weight of a
+        frozen head once for each sample.
         """
         if self.layout.lm_head:
             head = self.layout.get(self.model, "lm_head")
