@@ -101,6 +101,9 @@ class Variant:
     is_fitted: bool = True
     """Whether anything is trained; the model that all others start from is measured as it is."""
 
+    has_texts: bool = True
+    """Whether requests in text are among the samples."""
+
 
 LORA = {"trainable": "projector+lora"}
 GUIDED = {**LORA, "teacher": "base"}
@@ -108,6 +111,7 @@ PLAIN = {"align_weight": 0.0, "pair_weight": 0.0, "retrieved": "none"}
 ALIGN = {"pair_weight": 0.0, "retrieved": "prefix"}
 CENTRED = {"centre": "captions", "align_weight": 3.0, "pair_weight": 3.0}
 GOAL_VARIANTS = ("align+pair", "centred")
+STRONG = {"align_weight": 10.0, "pair_weight": 10.0}
 VARIANTS = (
     Variant("start", "before its alignment", is_fitted=False),
     Variant("plain", "cross-entropy alone", {**LORA, **PLAIN}, is_main=True),
@@ -125,7 +129,12 @@ VARIANTS = (
         {**GUIDED, **CENTRED, "retrieved": "text_pass"},
         is_main=True,
     ),
-    Variant("centred-prefix", "the same with a retrieved prefix", {**GUIDED, **CENTRED}),
+    Variant(
+        "centred-strong",
+        "the same with weights of 10",
+        {**GUIDED, **CENTRED, **STRONG, "retrieved": "text_pass"},
+    ),
+    Variant("centred-prefix", "as centred, with a retrieved prefix", {**GUIDED, **CENTRED}),
     Variant("no-prefix", "align and pair term, no prefix", {**GUIDED, "retrieved": "text_pass"}),
     Variant(
         "no-retrieval", "align term alone", {**GUIDED, "pair_weight": 0.0, "retrieved": "none"}
@@ -139,6 +148,9 @@ VARIANTS = (
     Variant("sum", "sum over the layers, as in the paper", {**GUIDED, "reduction": "sum"}),
     Variant("last-token", "last token of each span", {**GUIDED, "pooling": "last"}),
     Variant("bare-caption", "the thing alone as caption", GUIDED, caption="{}"),
+    Variant(
+        "plain-no-texts", "plain, without requests in text", {**LORA, **PLAIN}, has_texts=False
+    ),
     Variant("teacher-current", "current weights as teacher", LORA),
     Variant("projector-plain", "projector alone, cross-entropy alone", PLAIN),
     Variant("projector-align+pair", "projector alone, align and pair term"),
@@ -321,7 +333,7 @@ def fit(
         return TextGuidedAlignment.load(folder, vlm)
     method = TextGuidedAlignment.fit(
         vlm,
-        with_caption(samples, variant.caption),
+        [s for s in with_caption(samples, variant.caption) if s.images or variant.has_texts],
         config,
         cache=work / f"cache-{variant.name}",
         data_source="shipped drawings of the fit split, captions and harmless questions",
@@ -333,6 +345,7 @@ def fit(
 def name_of(variant: Variant, seed: int, sizes: Sizes) -> str:
     """Return a name that follows everything that a fit depends on."""
     settings = [sizes.config(variant, seed).to_dict(), variant.caption, variant.is_fitted]
+    settings += [] if variant.has_texts else ["no texts"]
     return f"{variant.name}-{seed}-{digest(settings)[:8]}"
 
 
@@ -370,8 +383,11 @@ def measure(vlm: VLM, sizes: Sizes, *, has_retrieval: bool) -> Measured:
         for sample, answer in zip(shown, answer_samples(vlm, shown), strict=True)
     ]
     if has_retrieval:
+        index = build_index(vlm)
         found |= {
-            f"{name}/{AT_INFERENCE}": list_refusals(samples, answer_with_retrieved(vlm, samples))
+            f"{name}/{AT_INFERENCE}": list_refusals(
+                samples, answer_with_retrieved(vlm, samples, index)
+            )
             for name, samples in asked.items()
         }
     return found | measure_cosines(vlm, sizes)
@@ -426,7 +442,7 @@ def answer_samples(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
     return generate_answers(vlm, prompts, images, max_new_tokens=20, batch_size=32)
 
 
-def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
+def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample], index: TextIndex) -> list[str]:
     """Answer with a retrieved text before the picture, as it would be done for an unknown one.
 
     The text is the nearest to what the model itself says that the picture shows.
@@ -434,7 +450,7 @@ def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
     named = [replace(sample, prompt="What is this?") for sample in samples]
     captions = answer_samples(vlm, named)
     seen = [replace(s, caption=own) for s, own in zip(samples, captions, strict=True)]
-    found = add_retrieved(seen, build_index(vlm), self_match="keep")
+    found = add_retrieved(seen, index, self_match="keep")
     return generate_answers(
         vlm,
         [sample.prompt for sample in samples],
