@@ -69,8 +69,8 @@ SETTINGS_NOTE: Final = (
     "refused, and at 0.04 naming fell by half.)"
 )
 
-LENGTHS: Final = (1, 8, 30, 100, 300)
-FEW_TOKENS, MANY_TOKENS = 8, 100
+LENGTHS: Final = (1, 4, 8, 10, 30, 100, 300)
+FEW_TOKENS, MANY_TOKENS = 10, 100
 SIZES: Final = (60, 120)
 VARIANTS: Final = ("textual", "visual", "both")
 FULL_NAME, HALF_NAME = "full", "half"
