@@ -37,7 +37,6 @@ from sklearn.metrics import roc_auc_score
 
 from safebridge.activations.capture import Activations, capture_activations
 from safebridge.analysis.activation_layers import find_refusal_tokens
-from safebridge.cli.memory import keep_freed_memory
 from safebridge.data.looks import draw_looks
 from safebridge.data.sample import Sample, open_images, with_answer
 from safebridge.data.tables import load_splits
@@ -769,7 +768,6 @@ def separation_lines(value: Values) -> list[str]:
 
 def main() -> None:
     """Measure everything and write the page."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="safebridge/mini")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "activation-revision")

@@ -27,7 +27,6 @@ from typing import Any, Final
 
 from cells import OUTCOMES, describe_command, digest, kept, write
 
-from safebridge.cli.memory import keep_freed_memory
 from safebridge.data.files import load_samples as load_file
 from safebridge.data.files import save_samples
 from safebridge.data.looks import draw_looks
@@ -606,7 +605,6 @@ def choose(rows: Sequence[Setting], wanted: Sequence[str]) -> list[Setting]:
 
 def main() -> None:
     """Measure every cell and write the page."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="safebridge/mini")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "security-tensors")

@@ -35,7 +35,6 @@ from cells import OUTCOMES, describe_command, digest, kept, write
 from safebridge.analysis.activation_layers import measure_activation_layers, measure_replacement
 from safebridge.analysis.modality_gap import measure_modality_gap
 from safebridge.analysis.spelled_pictures import answer_spelled
-from safebridge.cli.memory import keep_freed_memory
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.tables import is_seen, load_concepts, load_requests, names_of
 from safebridge.data.twins import load_samples, manifest_sha256
@@ -740,7 +739,6 @@ def measure_variant(
 
 def main() -> None:
     """Run, print the page, and on the test split write it down."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build" / STEM)
     parser.add_argument("--outcomes", type=Path, default=OUTCOMES / STEM)

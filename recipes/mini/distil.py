@@ -26,7 +26,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from safebridge.cli.memory import keep_freed_memory
 from safebridge.evaluation.statistics import measure_rate
 from safebridge.models import mini
 from safebridge.models.lite0 import GRID_TOKENS, Lite0Config
@@ -169,7 +168,6 @@ def top1(features: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> np.n
 
 def main() -> None:
     """Train, compare, and write the answer."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=HERE / "work")
     parser.add_argument("--steps", type=int, default=3000)

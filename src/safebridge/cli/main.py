@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from safebridge import __version__
 from safebridge.cli import ask, compare, data, demo, diagnose, fit, info
-from safebridge.cli.memory import keep_freed_memory
 from safebridge.errors import SafebridgeError
 
 __all__ = ["build_parser", "main"]
@@ -71,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return EXIT_OK
-    keep_freed_memory()
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
