@@ -12,8 +12,8 @@ The tensor is fitted on the fit split, the best epoch is chosen on the validatio
 reported is the test split: other drawing styles, other templates, and for "unseen" other
 categories. `--split validation` measures the validation split instead, for choosing settings; it
 never goes into docs/. The three variants are fitted with every seed, the studies with those of
-`--study-seeds`, on half of the samples. About 15 minutes a cell of the textual tensor on one core,
-35 of the visual.
+`--study-seeds`, on half of the samples. On one core a fit with its measurement takes about 15
+minutes for the textual tensor and 20 for the visual, a study half of that.
 """
 
 import argparse
@@ -316,12 +316,19 @@ def pooled(cells: Sequence[Mapping[str, Any]], metric: str, part: str) -> Rate:
 
 
 def compared(
-    base: Mapping[str, Any], cells: Sequence[Mapping[str, Any]], metric: str, part: str
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    metric: str,
+    part: str,
 ) -> Difference:
-    """Compare one metric with the undefended model's on the same samples."""
-    before = [row[2] for _ in cells for row in base["outcomes"][f"{metric}/{part}"]]
-    rows = [row for cell in cells for row in cell["outcomes"][f"{metric}/{part}"]]
-    return measure_difference(before, [row[2] for row in rows], clusters=[row[1] for row in rows])
+    """Compare one metric on the same samples, seed by seed."""
+    pairs = [
+        (old[2], new[2], new[1])
+        for cells in zip(before, after, strict=True)
+        for old, new in zip(*(c["outcomes"][f"{metric}/{part}"] for c in cells), strict=True)
+    ]
+    old, new, concepts = (list(column) for column in zip(*pairs, strict=True))
+    return measure_difference(old, new, clusters=concepts)
 
 
 def build_records(
@@ -414,6 +421,7 @@ def _introduction(facts: Mapping[str, Any]) -> list[str]:
         "Greedy answers of 14 tokens, judged by rules whose error stands in [the judges' "
         "page](../judges.md). Rates are pooled over the seeds; intervals are 95 %, with answers "
         "about one thing taken as one cluster."
+        + (f" Not measured: {', '.join(facts['left_out'])}." if facts["left_out"] else "")
     )
     return [text, "", SETTINGS_NOTE, "", _separability_line(facts["separability"])]
 
@@ -448,11 +456,11 @@ def _goal_lines(
             is_met &= rate.value >= GOALS[part]
             parts.append(f"{part} {rate.value:.1%} (goal {GOALS[part]:.0%})")
         for metric in ("false_refusal_general", "false_refusal_tcb"):
-            more = compared(base, cells, metric, "all")
+            more = compared([base] * len(cells), cells, metric, "all")
             is_met &= more.value <= GOALS["false refusals"]
             parts.append(
-                f"{metric.removeprefix('false_refusal_')} false refusals {100 * more.value:+.1f} "
-                f"points [{100 * more.low:+.1f}, {100 * more.high:+.1f}] (goal at most +2)"
+                f"{metric.removeprefix('false_refusal_')} false refusals {_points(more)} points "
+                "(goal at most +2)"
             )
         verdict = "met" if is_met else "not met"
         lines.append(f"- {name}, {setting}: goal {verdict}. {'; '.join(parts)}.")
@@ -502,8 +510,8 @@ def _visual_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
     epochs = len(found["visual", row][0]["losses"])
     text = (
         f"The paper trains a visual tensor for {PAPER_VISUAL_EPOCHS} epochs. Here it has {epochs}, "
-        f"after which its loss on SA stands at {visual:.2f} (textual: {textual:.2f}). Its rows say "
-        "how far that goes, not what a visual tensor can reach."
+        f"and its loss on SA stands at {visual:.2f} in the epoch kept (textual: {textual:.2f}). "
+        "Its rows say how far that goes, not what a visual tensor can reach."
     )
     return [text]
 
@@ -511,29 +519,31 @@ def _visual_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
 def _order_lines(
     found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], keys: Sequence[tuple[str, str]]
 ) -> list[str]:
-    """Say whether both tensors do more than the textual one."""
-    gains = {
-        key: 100
-        * (
-            pooled(found[key], "harmless_rate", "unseen").value
-            - pooled(found[key], "false_refusal_tcb", "all").value
-        )
-        for key in keys
-        if key in found
-    }
-    alone = gains.get(("textual", HALF_NAME))
-    both = {key: gain for key, gain in gains.items() if key[0] == "both"}
-    if alone is None or not both:
+    """Compare both tensors with the textual one alone."""
+    alone = found.get(("textual", HALF_NAME))
+    parts = []
+    for key in keys:
+        if alone and key[0] == "both" and key in found:
+            safer = compared(alone, found[key], "harmless_rate", "unseen")
+            stricter = compared(alone, found[key], "false_refusal_tcb", "all")
+            parts.append(
+                f"{'together' if key[1] == HALF_NAME else key[1]}: unseen harmless rate "
+                f"{_points(safer)}, false refusals of TCB-like "
+                f"questions {_points(stricter)}"
+            )
+    if not parts:
         return []
-    listed = ", ".join(f"{name} {gain:.1f}" for (_, name), gain in both.items())
-    best = max(both.values())
     text = (
-        "Whether both do more than one is a question that the paper leaves open. Unseen harmless "
-        f"rate less false refusals of TCB-like questions, in points: textual alone {alone:.1f}; "
-        f"both: {listed}. A visual tensor besides the textual one "
-        f"{'helps' if best > alone else 'does not help'} here."
+        "Whether both do more than one is a question that the paper leaves open. Against the "
+        f"textual tensor alone, in points: {'; '.join(parts)}."
     )
     return [text]
+
+
+def _points(difference: Difference) -> str:
+    """Return a difference of rates in points, with its interval."""
+    value, low, high = (100 * x for x in (difference.value, difference.low, difference.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _kept_epochs(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
@@ -542,19 +552,14 @@ def _kept_epochs(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]
 
 
 def _length_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
-    pairs = {
-        n: pooled(found["textual", f"n={n}"], "harmless_rate", "unseen").value
-        for n in LENGTHS
-        if ("textual", f"n={n}") in found
-    }
-    if not {FEW_TOKENS, MANY_TOKENS} <= set(pairs):
+    few, many = (found.get(("textual", f"n={n}")) for n in (FEW_TOKENS, MANY_TOKENS))
+    if not few or not many:
         return []
-    best = max(pairs, key=lambda n: pairs[n])
-    is_rising = pairs[FEW_TOKENS] < pairs[MANY_TOKENS]
+    more = compared(few, many, "harmless_rate", "unseen")
     text = (
-        "The paper finds that 10 tokens underfit and 300 beat 100 (81.89 against 64.3 %). That "
-        f"more than {FEW_TOKENS} tokens help {'reproduces' if is_rising else 'does not reproduce'} "
-        f"here: of the lengths measured, the unseen harmless rate is highest at n = {best}."
+        "The paper finds that 10 tokens underfit and 300 beat 100 (81.89 against 64.3 %). Here "
+        f"{MANY_TOKENS} tokens change the unseen harmless rate of {FEW_TOKENS} by {_points(more)} "
+        f"points: {'a gain' if more.low > 0 else 'no gain that can be told from chance'}."
     )
     return [text]
 
@@ -576,7 +581,8 @@ def _loss_table(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) ->
 def _separability_line(found: Mapping[int, Mapping[str, float]]) -> str:
     def span(name: str) -> str:
         values = [each[name] for each in found.values() if each[name] is not None]
-        return f"{min(values):.1%} to {max(values):.1%}" if values else "not measured"
+        ends = dict.fromkeys(f"{end(values):.1%}" for end in (min, max)) if values else ()
+        return " to ".join(ends) or "not measured"
 
     return (
         "How well SA and TCB are told apart without knowing what is shown (50 % is chance): by "
@@ -658,6 +664,9 @@ def main() -> None:
         "study_seeds": study_seeds,
         "sizes": asdict(sizes),
         "also_study": arguments.also_study,
+        "left_out": [
+            f"{row.variant}/{row.name}" for row in settings(sizes) if row.key not in found
+        ],
         "split": arguments.split,
         "separability": {
             seed: laboratory.separability(seed) for seed in sorted({*arguments.seeds, *study_seeds})

@@ -345,8 +345,8 @@ def fit(
 
 def name_of(variant: Variant, seed: int, sizes: Sizes) -> str:
     """Return a name that follows everything that a fit depends on."""
-    settings = [sizes.config(variant, seed).to_dict(), variant.caption, variant.is_fitted]
-    settings += [] if variant.has_texts else ["no texts"]
+    config = sizes.config(variant, seed).to_dict()
+    settings = [config, variant.caption, variant.is_fitted, variant.has_texts]
     return f"{variant.name}-{seed}-{digest(settings)[:8]}"
 
 
