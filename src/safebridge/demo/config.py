@@ -34,7 +34,7 @@ class DemoConfig:
     naming_tokens: int = 12
     """Length at which the name of a thing is cut."""
 
-    batch_size: int = 20
+    batch_size: int = 50
     """Requests answered at the same time while measuring."""
 
     fit_harmful: int = 480
@@ -63,8 +63,8 @@ class DemoConfig:
     position: str = "after_image"
     """Where the virtual tokens go: "after_image" or "prefix"."""
 
-    epochs: int = 5
-    """Passes over the samples of the fit."""
+    epochs: int = 4
+    """Passes over the samples of the fit, as many as ten minutes leave room for."""
 
     fit_batch_size: int = 16
     """Samples in one step of the fit."""
@@ -110,7 +110,6 @@ FAST = DemoConfig(
     fit_harmful=96,
     fit_twins=96,
     fit_general=24,
-    epochs=4,
     layer_samples=12,
     harmful_examples=4,
     benign_examples=2,
