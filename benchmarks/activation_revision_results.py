@@ -75,7 +75,7 @@ LARGE, LARGE_FACTOR = "large", 4
 STUDY_NOTE: Final = (
     "What follows was measured with the setting `clearest`: of all trials on the validation split "
     "the one with the fewest successful attacks and false refusals taken together, whatever the "
-    "budget. Within the budget the revision is too weak to study."
+    "budget, so that there is an effect to study."
 )
 SPACES: Final[dict[str, dict[str, list[Any]]]] = {
     # Shares of the sites; the numbers follow from the model.
