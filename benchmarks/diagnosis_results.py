@@ -2,10 +2,11 @@ r"""Diagnose the embedded model and recompute MSTS: writes docs/results/diagnosi
 
     python benchmarks/diagnosis_results.py --defense demo-results/artifact \
         --defense build/activation-revision/RUN/chosen-head-mr-mms-gated \
-        --defense build/text-guided-alignment/shipped-validation/no-prefix-0
+        --defense build/text-guided-alignment/RUN/centred-0-KEY
 
 The defenses are what `make demo`, `benchmarks/activation_revision_results.py` and
-`benchmarks/text_guided_alignment_results.py --start shipped --split validation` leave behind.
+`benchmarks/text_guided_alignment_results.py --start shipped --split validation --variants centred`
+leave behind.
 
 It takes about eight minutes on two cores with three defenses, and keeps the figures it made under
 docs/results/diagnosis/. Everything is asked on the validation split.
