@@ -358,8 +358,8 @@ def build_page(
 ) -> str:
     """Return the results page as Markdown."""
     variants = [(name, row) for row in (FULL_NAME, HALF_NAME) for name in VARIANTS]
-    orders = [(name, HALF_NAME) for name in ("textual", "visual")]
-    orders += [("both", name) for name in (HALF_NAME, *ORDERS)]
+    orders = [(name, row) for row in (FULL_NAME, HALF_NAME) for name in VARIANTS]
+    orders += [("both", name) for name in ORDERS]
     sizes = [key for key in found if key[1].startswith("samples=")]
     sizes += [("textual", name) for name in (HALF_NAME, FULL_NAME)]
     bare = [(name, row) for name in VARIANTS if (name, "no_tcb") in found
@@ -477,21 +477,18 @@ def _tcb_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
         with_tcb, without = found.get((name, HALF_NAME)), found.get((name, "no_tcb"))
         if not with_tcb or not without:
             continue
-        fall = 100 * (
-            pooled(with_tcb, "harmless_rate", "unseen").value
-            - pooled(without, "harmless_rate", "unseen").value
-        )
+        change = compared(with_tcb, without, "harmless_rate", "unseen")
         refusals = pooled(without, "false_refusal_tcb", "all")
-        first = "reproduces" if fall >= PAPER_FALL else "does not reproduce"
+        first = "reproduces" if 100 * change.low <= -PAPER_FALL else "does not reproduce"
         second = "reproduces" if refusals.high >= PAPER_REFUSALS else "does not reproduce"
         why = (
             " The tensor refuses whatever is asked in such words, harmful or not, which counts as "
             "harmless."
-            if fall < 0 and refusals.value > PAPER_REFUSALS
+            if change.low > 0 and refusals.value > PAPER_REFUSALS
             else ""
         )
         lines.append(
-            f"- {name}: the unseen harmless rate changes by {-fall:+.1f} points (the fall "
+            f"- {name}: the unseen harmless rate changes by {_points(change)} points (the fall "
             f"{first}); "
             f"{refusals} of TCB-like questions are refused (the rise {second}).{why}"
         )
@@ -520,16 +517,20 @@ def _order_lines(
     found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], keys: Sequence[tuple[str, str]]
 ) -> list[str]:
     """Compare both tensors with the textual one alone."""
-    alone = found.get(("textual", HALF_NAME))
     parts = []
     for key in keys:
+        is_full = key[1] == FULL_NAME
+        alone = found.get(("textual", FULL_NAME if is_full else HALF_NAME))
         if alone and key[0] == "both" and key in found:
-            safer = compared(alone, found[key], "harmless_rate", "unseen")
-            stricter = compared(alone, found[key], "false_refusal_tcb", "all")
+            seeds = min(len(alone), len(found[key]))  # the first seeds, as a stopped run has them
+            pair = (alone[:seeds], found[key][:seeds])
+            safer = compared(*pair, "harmless_rate", "unseen")
+            stricter = compared(*pair, "false_refusal_tcb", "all")
+            how = "together" if key[1] in {FULL_NAME, HALF_NAME} else key[1]
+            samples = "all samples" if is_full else "half of the samples"
             parts.append(
-                f"{'together' if key[1] == HALF_NAME else key[1]}: unseen harmless rate "
-                f"{_points(safer)}, false refusals of TCB-like "
-                f"questions {_points(stricter)}"
+                f"{how}, {samples}: unseen harmless rate {_points(safer)}, false refusals of "
+                f"TCB-like questions {_points(stricter)} (n = {safer.n} and {stricter.n})"
             )
     if not parts:
         return []
@@ -546,6 +547,13 @@ def _points(difference: Difference) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _word(difference: Difference) -> str:
+    """Say whether a difference of harmless rates can be told from none."""
+    if difference.low > 0:
+        return "a gain"
+    return "a loss" if difference.high < 0 else "no change that can be told from chance"
+
+
 def _kept_epochs(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
     """Return losses and score of the epoch that each seed's fit kept."""
     return [max(cell["losses"], key=lambda epoch: epoch["score"]) for cell in cells]
@@ -557,8 +565,7 @@ def _length_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
         pair = [found.get(("textual", f"n={n}")) for n in (few, many)]
         if pair[0] and pair[1]:
             more = compared(pair[0], pair[1], "harmless_rate", "unseen")
-            word = "a gain" if more.low > 0 else "no gain that can be told from chance"
-            parts.append(f"from {few} to {many} tokens by {_points(more)} points ({word})")
+            parts.append(f"from {few} to {many} tokens by {_points(more)} points ({_word(more)})")
     if not parts:
         return []
     text = (

@@ -16,7 +16,7 @@ came of every request is committed in benchmarks/outcomes, so the page follows f
 `--outcomes` with an empty folder measures everything anew, as is needed after a change of the
 method's code, which the files' names do not follow. The last step writes
 docs/results/text-guided-alignment.md and .json. Choices are made with `--split validation`, which
-writes into the work folder alone. It is 29 fits of about ten minutes on one core; `--variants` and
+writes into the work folder alone. It is 33 fits of about ten minutes on one core; `--variants` and
 `--seeds` choose some of them, and the page then has only those.
 """
 
@@ -39,7 +39,7 @@ from safebridge.data.sample import Sample, open_images
 from safebridge.data.tables import is_seen, load_concepts, load_requests, names_of
 from safebridge.data.twins import load_samples, manifest_sha256
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
-from safebridge.evaluation.statistics import measure_rate
+from safebridge.evaluation.statistics import Difference, measure_difference, measure_rate
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 from safebridge.methods.text_guided_alignment.method import TextGuidedAlignment
 from safebridge.methods.text_guided_alignment.retrieval import (
@@ -71,6 +71,15 @@ STARTS = {
 """The same in words."""
 ALIGNED = 0.6
 """Share of pictures that an aligned model names at least, as the embedded model's card asks."""
+
+COMPARED = {
+    "picture, seen": ("image_refusal_rate", SEEN),
+    "picture, held out": ("image_refusal_rate", UNSEEN),
+    "over-refusal": ("over_refusal_rate", ALL),
+    "naming": ("naming_accuracy", ALL),
+    "text": ("text_refusal_rate", ALL),
+}
+"""What variants are compared in, by the column's title."""
 
 Answers = Callable[[Sequence[Sample]], list[str]]
 Row = dict[str, Any]
@@ -104,18 +113,24 @@ class Variant:
     has_texts: bool = True
     """Whether requests in text are among the samples."""
 
+    against: str = "plain"
+    """The variant that it is compared with, answer by answer."""
+
 
 LORA = {"trainable": "projector+lora"}
 GUIDED = {**LORA, "teacher": "base"}
 PLAIN = {"align_weight": 0.0, "pair_weight": 0.0, "retrieved": "none"}
 ALIGN = {"pair_weight": 0.0, "retrieved": "prefix"}
-CENTRED = {"centre": "captions", "align_weight": 10.0, "pair_weight": 10.0}
-"""Weights of 3 and 10 were tried on the validation split."""
-GOAL_VARIANTS = ("align+pair", "centred")
+HEAVY = {"align_weight": 10.0, "pair_weight": 10.0}
+"""Weights of 3 and 10 were tried on the validation split, with centred states."""
+CENTRED = {"centre": "captions", **HEAVY}
+PAPERS = "align+pair"
+"""The paper's own, in the form that we know of it."""
+GOAL_VARIANTS = (PAPERS, "centred")
 WEAK = {"align_weight": 3.0, "pair_weight": 3.0}
 VARIANTS = (
     Variant("start", "before its alignment", is_fitted=False),
-    Variant("plain", "cross-entropy alone", {**LORA, **PLAIN}, is_main=True),
+    Variant("plain", "cross-entropy alone", {**LORA, **PLAIN}, is_main=True, against="start"),
     Variant(
         "released-code",
         "cross-entropy with retrieved prefix; guide loss without gradient",
@@ -123,7 +138,7 @@ VARIANTS = (
         is_main=True,
     ),
     Variant("align", "retrieved prefix, align term", {**GUIDED, **ALIGN}, is_main=True),
-    Variant("align+pair", "retrieved prefix, align and pair term", GUIDED, is_main=True),
+    Variant(PAPERS, "retrieved prefix, align and pair term", GUIDED, is_main=True),
     Variant(
         "centred",
         "align and pair term on states less the captions' mean, weights of 10, no prefix",
@@ -131,30 +146,89 @@ VARIANTS = (
         is_main=True,
     ),
     Variant(
+        "uncentred",
+        "as centred, on the states as they are",
+        {**GUIDED, **HEAVY, "retrieved": "text_pass"},
+        against="centred",
+    ),
+    Variant(
         "centred-weak",
         "as centred, weights of 3",
         {**GUIDED, **CENTRED, **WEAK, "retrieved": "text_pass"},
+        against="centred",
     ),
-    Variant("centred-prefix", "as centred, with a retrieved prefix", {**GUIDED, **CENTRED}),
-    Variant("no-prefix", "align and pair term, no prefix", {**GUIDED, "retrieved": "text_pass"}),
     Variant(
-        "no-retrieval", "align term alone", {**GUIDED, "pair_weight": 0.0, "retrieved": "none"}
+        "centred-layers-repository",
+        "as centred, layers 28 % to 56 %",
+        {**GUIDED, **CENTRED, "retrieved": "text_pass", "layers": "0.28-0.56"},
+        against="centred",
     ),
-    Variant("layers-repository", "layers 28 % to 56 %", {**GUIDED, "layers": "0.28-0.56"}),
-    Variant("layers-first-third", "layers 0 % to 33 %", {**GUIDED, "layers": "0.0-0.33"}),
-    Variant("layers-last-third", "layers 67 % to 100 %", {**GUIDED, "layers": "0.67-1.0"}),
     Variant(
-        "repository-form", "exponentials with falling weights", {**GUIDED, "form": "repository"}
+        "centred-teacher-current",
+        "as centred, current weights as teacher",
+        {**LORA, **CENTRED, "retrieved": "text_pass"},
+        against="centred",
     ),
-    Variant("sum", "sum over the layers, as in the paper", {**GUIDED, "reduction": "sum"}),
-    Variant("last-token", "last token of each span", {**GUIDED, "pooling": "last"}),
-    Variant("bare-caption", "the thing alone as caption", GUIDED, caption="{}"),
+    Variant(
+        "centred-prefix",
+        "as centred, with a retrieved prefix",
+        {**GUIDED, **CENTRED},
+        against="centred",
+    ),
+    Variant(
+        "no-prefix",
+        "align and pair term, no prefix",
+        {**GUIDED, "retrieved": "text_pass"},
+        against=PAPERS,
+    ),
+    Variant(
+        "no-retrieval",
+        "align term alone",
+        {**GUIDED, "pair_weight": 0.0, "retrieved": "none"},
+        against=PAPERS,
+    ),
+    Variant(
+        "layers-repository",
+        "layers 28 % to 56 %",
+        {**GUIDED, "layers": "0.28-0.56"},
+        against=PAPERS,
+    ),
+    Variant(
+        "layers-first-third",
+        "layers 0 % to 33 %",
+        {**GUIDED, "layers": "0.0-0.33"},
+        against=PAPERS,
+    ),
+    Variant(
+        "layers-last-third",
+        "layers 67 % to 100 %",
+        {**GUIDED, "layers": "0.67-1.0"},
+        against=PAPERS,
+    ),
+    Variant(
+        "repository-form",
+        "exponentials with falling weights",
+        {**GUIDED, "form": "repository"},
+        against=PAPERS,
+    ),
+    Variant(
+        "sum",
+        "sum over the layers, as in the paper",
+        {**GUIDED, "reduction": "sum"},
+        against=PAPERS,
+    ),
+    Variant("last-token", "last token of each span", {**GUIDED, "pooling": "last"}, against=PAPERS),
+    Variant("bare-caption", "the thing alone as caption", GUIDED, caption="{}", against=PAPERS),
     Variant(
         "plain-no-texts", "plain, without requests in text", {**LORA, **PLAIN}, has_texts=False
     ),
-    Variant("teacher-current", "current weights as teacher", LORA),
+    Variant("teacher-current", "current weights as teacher", LORA, against=PAPERS),
     Variant("projector-plain", "projector alone, cross-entropy alone", PLAIN),
-    Variant("projector-align+pair", "projector alone, align and pair term"),
+    Variant(
+        "projector-align+pair",
+        "projector alone, align and pair term",
+        against="projector-plain",
+    ),
 )
 
 
@@ -526,6 +600,40 @@ def describe(rows: Sequence[Any]) -> Row:
     return {"value": mean, "low": min(values), "high": max(values), "n": rows[0]["n"]}
 
 
+def compare(found: Mapping[str, Mapping[int, Measured]]) -> list[Row]:
+    """Return records of each variant less the one it is compared with, over their common seeds."""
+    records = []
+    for variant in VARIANTS:
+        pairs = [
+            (found[variant.against][seed], measured, seed)
+            for seed, measured in found.get(variant.name, {}).items()
+            if seed in found.get(variant.against, {})
+        ]
+        for metric, part in COMPARED.values() if pairs and variant.is_fitted else ():
+            change = measure_change([pair[:2] for pair in pairs], f"{metric}/{FULL}", part)
+            records.append({
+                "variant": variant.name,
+                "setting": f"less {variant.against}",
+                "metric": metric,
+                "split": part,
+                **change.to_json(),
+                "seeds": [pair[2] for pair in pairs],
+            })  # fmt: skip
+    return records
+
+
+def measure_change(pairs: Sequence[tuple[Measured, Measured]], key: str, part: str) -> Difference:
+    """Compare two variants on the same requests, seed by seed."""
+    rows = [
+        (old[3], new[3], new[1])
+        for before, after in pairs
+        for old, new in zip(before[key], after[key], strict=True)
+        if part in parts_of(new[2])
+    ]
+    old, new, concepts = (list(column) for column in zip(*rows, strict=True))
+    return measure_difference(old, new, clusters=concepts)
+
+
 def find(
     records: Sequence[Row], variant: str, metric: str, split: str = ALL, setting: str = FULL
 ) -> Row | None:
@@ -619,7 +727,8 @@ def render(records: Sequence[Row], sizes: Sizes, command: str) -> str:
             f"| {variant.name} | {variant.setting} | {' | '.join(map(cell, cells))} "
             f"| {gap} | {', '.join(map(str, seeds))} |"
         )
-    return "\n".join(lines + render_caution(records) + render_details(records)) + "\n"
+    lines += render_caution(records) + render_changes(records) + render_details(records)
+    return "\n".join(lines) + "\n"
 
 
 def render_caution(records: Sequence[Row]) -> list[str]:
@@ -633,6 +742,36 @@ def render_caution(records: Sequence[Row]) -> list[str]:
         "refuses without having recognised it. More steps come before any comparison."
     )
     return ["", caution]
+
+
+def render_changes(records: Sequence[Row]) -> list[str]:
+    """Return the table of paired differences."""
+    about = (
+        "Differences in points, paired by request and seed, with 95 % intervals clustered by "
+        "concept. Where an interval holds 0, the two cannot be told apart."
+    )
+    columns = ("variant", "against", *COMPARED, "seeds")
+    lines = ["", "## One thing changed", "", about, "", f"| {' | '.join(columns)} |"]
+    lines += ["|---" * len(columns) + "|"]
+    for variant in VARIANTS:
+        setting = f"less {variant.against}"
+        found = [find(records, variant.name, *column, setting) for column in COMPARED.values()]
+        if not any(found):
+            continue
+        seeds = next(each["seeds"] for each in found if each)
+        lines.append(
+            f"| {variant.name} | {variant.against} | {' | '.join(map(points, found))} "
+            f"| {', '.join(map(str, seeds))} |"
+        )
+    return lines
+
+
+def points(record: Row | None) -> str:
+    """Print a difference with its interval, in points."""
+    if record is None:
+        return ""
+    value, low, high = (f"{100 * record[name]:+.1f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def render_details(records: Sequence[Row]) -> list[str]:
@@ -702,7 +841,8 @@ def run(
                     vlm, samples, variant, seed, sizes=sizes, folders=folders
                 )
                 print(f"{variant.name} seed {seed}: measured", flush=True)
-    return [record for name, each in found.items() for record in summarise(name, each)]
+    records = [record for name, each in found.items() for record in summarise(name, each)]
+    return records + compare(found)
 
 
 def measure_variant(
