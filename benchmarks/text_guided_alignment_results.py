@@ -727,7 +727,8 @@ def render(records: Sequence[Row], sizes: Sizes, command: str) -> str:
             f"| {variant.name} | {variant.setting} | {' | '.join(map(cell, cells))} "
             f"| {gap} | {', '.join(map(str, seeds))} |"
         )
-    lines += render_caution(records) + render_changes(records) + render_details(records)
+    for part in (render_caution, render_changes, render_moves, render_details):
+        lines += part(records)
     return "\n".join(lines) + "\n"
 
 
@@ -764,6 +765,42 @@ def render_changes(records: Sequence[Row]) -> list[str]:
             f"| {', '.join(map(str, seeds))} |"
         )
     return lines
+
+
+def render_moves(records: Sequence[Row]) -> list[str]:
+    """Return what each variant does to the cosines, beside what it does to refusals."""
+    about = (
+        "Cosines of picture and caption, as means over the layers. What the states of a layer "
+        "share decides much of the raw one, so it can rise without any picture becoming more like "
+        "its own caption; the centred one, where each modality's mean is taken away, says whether "
+        "it does (lowest and highest seed in brackets)."
+    )
+    columns = ("variant", "raw cosine", "centred cosine", "picture refused, held out")
+    lines = ["", "## What the loss moves", "", about, "", f"| {' | '.join(columns)} |"]
+    lines += ["|---" * len(columns) + "|"]
+    for variant in VARIANTS:
+        raw, centred = (mean_cosine(records, variant.name, kind) for kind in ("raw", "centred"))
+        if raw and centred:
+            refused = cell(find(records, variant.name, "image_refusal_rate", UNSEEN))
+            lines.append(f"| {variant.name} | {raw} | {centred} | {refused} |")
+    return lines
+
+
+def mean_cosine(records: Sequence[Row], variant: str, kind: str) -> str:
+    """Print one cosine's mean over the layers, with the means of the seeds' extremes."""
+    found = [
+        record
+        for record in records
+        if record["variant"] == variant
+        and record["metric"] == "hidden_state_cosine"
+        and record["setting"].endswith(f", {kind}")
+    ]
+    if not found:
+        return ""
+    value, low, high = (
+        sum(record[name] for record in found) / len(found) for name in ("value", "low", "high")
+    )
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def points(record: Row | None) -> str:
