@@ -531,7 +531,7 @@ def measure_variant(
 ) -> Measured:
     """Fit one variant and measure it; the analyses of where and how on the first seed alone."""
     is_first = seed == 0
-    text = kept(folders.outcomes / "text.json", lambda: measure_text(vlm, sizes))
+    text: Measured = kept(folders.outcomes / "text.json", lambda: measure_text(vlm, sizes))
 
     def measure_all() -> Measured:
         if not variant.is_fitted:
@@ -549,7 +549,7 @@ def measure_variant(
 
     path = folders.outcomes / f"{name_of(variant, seed, sizes)}.json"
     measured: Measured = kept(path, measure_all)
-    return text | measured
+    return {**text, **measured}
 
 
 def main() -> None:
