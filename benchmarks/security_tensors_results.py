@@ -620,6 +620,20 @@ def choose(rows: Sequence[Setting], wanted: Sequence[str]) -> list[Setting]:
     return [row for row, name in zip(rows, names, strict=True) if not wanted or name in wanted]
 
 
+def read_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Read settings as they are typed: numbers as numbers, everything else as text."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in asdict(FULL):
+            raise SystemExit(
+                f"--change {text}: no setting '{name}'. Known: {', '.join(asdict(FULL))}"
+            )
+        kind = type(getattr(FULL, name))
+        changes[name] = value == "True" if kind is bool else kind(value)
+    return changes
+
+
 def main() -> None:
     """Measure every cell and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -638,15 +652,25 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="VARIANT/SETTING")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument(
+        "--change",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings to try in all rows, with --split validation alone",
+    )
     for name, default in asdict(Sizes()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
     parser.add_argument("--epochs", type=int, default=FULL.epochs)
     arguments = parser.parse_args()
     if arguments.split != "test" and arguments.out == DOCS:
         parser.error("--split validation is for choosing; give --out a folder outside docs/")
+    if arguments.split == "test" and arguments.change:
+        parser.error("--change is for choosing, which is done with --split validation")
+    change = {"epochs": arguments.epochs, **read_changes(arguments.change)}
     sizes = Sizes(**{name: getattr(arguments, name) for name in asdict(Sizes())})
     rows = [
-        replace(row, config=replace(row.config, epochs=arguments.epochs))
+        replace(row, config=replace(row.config, **change))
         for row in choose(settings(sizes), arguments.rows)
     ]
     laboratory = Laboratory(

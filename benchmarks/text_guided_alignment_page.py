@@ -6,12 +6,25 @@ from typing import Any, Final
 
 from text_guided_alignment_variants import PAPERS, VARIANTS
 
-__all__ = ["ALL", "AT_INFERENCE", "COMPARED", "FULL", "SEEN", "STEM", "UNSEEN", "Row", "render"]
+__all__ = [
+    "ALL",
+    "AS_IT_IS",
+    "AT_INFERENCE",
+    "COMPARED",
+    "FULL",
+    "SEEN",
+    "STEM",
+    "UNSEEN",
+    "Row",
+    "render",
+]
 
 STEM: Final = "text-guided-alignment"
 """Name of the page and of its JSON twin."""
 FULL, ALL = "full", "all"
 SEEN, UNSEEN = "seen", "unseen"
+AS_IT_IS: Final = "as it is"
+"""Nothing replaced and nothing left out."""
 AT_INFERENCE: Final = "retrieval at inference"
 GOAL_VARIANTS: Final = (PAPERS, "centred")
 ALIGNED: Final = 0.6
@@ -266,21 +279,77 @@ def render_where(records: Sequence[Row]) -> list[str]:
     return lines
 
 
+def render_bypass(records: Sequence[Row]) -> list[str]:
+    """Return what leaving out layers does to refusals in text, and to everything else."""
+    metrics = ("bypass_text_refusal_rate", "bypass_naming_accuracy")
+    settings = [record["setting"] for record in records if record["metric"] == metrics[0]]
+    if not settings:
+        return []
+    about = (
+        "Each of these windows of layers passes on what it was given (plain model, the same "
+        "requests; things named: as many pictures). Layers that refusing needs, and nothing else, "
+        "are where refusals fall and naming stays."
+    )
+    lines = ["", "### Without some layers", "", about, "", "| layers | refused | named |"]
+    lines += ["|---|---|---|"]
+    for setting in settings:
+        cells = [cell(find(records, "plain", metric, setting=setting)) for metric in metrics]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return lines
+
+
+def render_gap(records: Sequence[Row]) -> list[str]:
+    """Return whether pictures nearer to their caption are refused more often."""
+    metric, kinds = "gap_by_refusal", ("refused", "answered", "correlation")
+    found = [record for record in records if record["metric"] == metric]
+    if not found:
+        return []
+    n = found[0]["n"]
+    about = (
+        f"The plain model, {n} harmful pictures: mean centred cosine of picture and caption of "
+        "those that it refuses and of those that it answers, and the correlation of cosine and "
+        f"refusal over all of them (beyond {1.96 / n**0.5:.2f} from zero is not chance in a single "
+        "layer, at 5 %)."
+    )
+    title = "## Are pictures nearer to their caption refused more often?"
+    lines = ["", title, "", about, "", f"| layer | {' | '.join(kinds)} |", "|---|---|---|---|"]
+    for layer in range(sum(record["setting"].endswith(kinds[-1]) for record in found)):
+        values = [
+            find(records, "plain", metric, setting=f"layer {layer}, {kind}") for kind in kinds
+        ]
+        numbers = [f"{each['value']:.3f}" if each else "" for each in values]
+        lines.append(f"| {layer} | {' | '.join(numbers)} |")
+    return lines
+
+
 def render_bounds(records: Sequence[Row]) -> list[str]:
     """Return what reading pictures without error would bring, and caption states in their place."""
-    ceiling = find(records, "plain", "caption_refusal_rate")
-    lines = ["", "## What could be reached at most", ""]
-    spelled, harmless = (
-        find(records, "plain", f"spelled_{name}_rate") for name in ("refusal", "over_refusal")
+    about = (
+        "With the caption written into the request in the picture's place; and with the picture's "
+        "tokens spelled as the name of what it shows, as a perfect projector would write them. "
+        "What the language model refuses of harmless things then, no reading of pictures takes "
+        "away: it is the over-refusal of its text safety, which is carried over with the rest. "
+        "Spelled: the first seed."
     )
-    text = (
-        "With the caption written into the request in the picture's place, the same requests are "
-        f"refused in {cell(ceiling)} of cases. With the picture's tokens spelled as the name of "
-        f"what it shows, as a perfect projector would write them, {cell(spelled)} are (and "
-        f"{cell(harmless)} of the harmless ones). Below, the plain model's image tokens hold their "
-        "caption's mean state after one layer."
-    )
-    lines += [text]
+    columns = {
+        "harmful, in text": ("caption_refusal_rate", FULL),
+        "harmful, spelled": ("spelled_refusal_rate", FULL),
+        "harmless, spelled": ("spelled_over_refusal_rate", FULL),
+    }
+    lines = ["", "## What could be reached at most", "", about, ""]
+    lines += [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant in VARIANTS:
+        cells = [
+            find(records, variant.name, metric, setting=setting)
+            for metric, setting in columns.values()
+        ]
+        if cells[1]:
+            lines.append(f"| {variant.name} | {' | '.join(map(cell, cells))} |")
+    lines += [
+        "",
+        "The plain model, with its image tokens holding their caption's mean state after ",
+    ]
+    lines[-1] += "one layer:"
     lines += ["", "| changed | refused |", "|---|---|"]
     lines += [
         f"| {record['setting']} | {cell(record)} |"
@@ -296,6 +365,8 @@ PARTS: Final = (
     render_moves,
     render_details,
     render_where,
+    render_bypass,
+    render_gap,
     render_bounds,
 )
 """The page's parts below the table of variants."""

@@ -23,7 +23,7 @@ writes into the work folder alone. It is 33 fits of about ten minutes on one cor
 import argparse
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 from cells import OUTCOMES, describe_command, digest, kept, write
 from text_guided_alignment_page import (
     ALL,
+    AS_IT_IS,
     AT_INFERENCE,
     COMPARED,
     FULL,
@@ -44,7 +45,12 @@ from text_guided_alignment_page import (
 )
 from text_guided_alignment_variants import CAPTION, VARIANTS, Variant
 
-from safebridge.analysis.activation_layers import measure_activation_layers, measure_replacement
+from safebridge.analysis.activation_layers import (
+    bypass_layers,
+    measure_activation_layers,
+    measure_bypass,
+    measure_replacement,
+)
 from safebridge.analysis.modality_gap import measure_modality_gap
 from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.sample import Sample, open_images
@@ -77,7 +83,9 @@ STARTS = {
 }
 """The same in words."""
 
-Answers = Callable[[Sequence[Sample]], list[str]]
+BYPASSED = 3
+"""Layers that are left out together."""
+
 Measured = dict[str, Any]
 """By "metric/setting" either [id, concept, category, outcome] of each answer, where the category is
 "" for harmless requests, or a value with its n."""
@@ -196,7 +204,7 @@ def build_samples(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
     answered = [
         replace(sample, answer=answer)
         for sample, answer in zip(asked, answers, strict=True)
-        if answer.strip() and not score_refusal(answer).is_refusal
+        if answer.strip() and not is_refusal(answer)
     ]
     texts = build_texts(vlm, sizes, work)
     # Searched once for each thing, because reading thousands of equal captions would take long.
@@ -228,7 +236,7 @@ def build_texts(vlm: VLM, sizes: Sizes, work: Path) -> list[Sample]:
     return [
         replace(sample, answer=answer)
         for sample, answer in zip(asked, answers, strict=True)
-        if answer.strip() and score_refusal(answer).is_refusal == sample.is_harmful
+        if answer.strip() and is_refusal(answer) == sample.is_harmful
     ]
 
 
@@ -291,16 +299,21 @@ def name_of(variant: Variant, seed: int, sizes: Sizes) -> str:
     return f"{variant.name}-{seed}-{digest(settings)[:8]}"
 
 
+def is_refusal(answer: str) -> bool:
+    """Judge an answer."""
+    return score_refusal(answer).is_refusal
+
+
 def list_refusals(samples: Sequence[Sample], answers: Sequence[str]) -> list[list[Any]]:
     """Return [id, concept, category, whether it refuses] of each answer."""
+    return list_outcomes(samples, [is_refusal(answer) for answer in answers])
+
+
+def list_outcomes(samples: Sequence[Sample], outcomes: Sequence[bool]) -> list[list[Any]]:
+    """Return [id, concept, category of harm, outcome] of each request."""
     return [
-        [
-            sample.id,
-            sample.concept,
-            sample.category if sample.is_harmful else "",
-            score_refusal(answer).is_refusal,
-        ]
-        for sample, answer in zip(samples, answers, strict=True)
+        [sample.id, sample.concept, sample.category if sample.is_harmful else "", outcome]
+        for sample, outcome in zip(samples, outcomes, strict=True)
     ]
 
 
@@ -320,10 +333,7 @@ def measure(vlm: VLM, sizes: Sizes, *, has_retrieval: bool) -> Measured:
         f"{name}/{FULL}": list_refusals(samples, answer_samples(vlm, samples))
         for name, samples in asked.items()
     }
-    found[f"naming_accuracy/{FULL}"] = [
-        [sample.id, sample.concept, "", score_naming(answer, names_of(sample.concept))]
-        for sample, answer in zip(shown, answer_samples(vlm, shown), strict=True)
-    ]
+    found[f"naming_accuracy/{FULL}"] = list_outcomes(shown, name_things(vlm, shown))
     if has_retrieval:
         index = build_index(vlm)
         found |= {
@@ -360,7 +370,7 @@ def measure_text(vlm: VLM, sizes: Sizes) -> Measured:
 
 def measure_cosines(vlm: VLM, sizes: Sizes) -> Measured:
     """Compare pictures and captions layer by layer, on harmful pictures of the split."""
-    gap = measure_modality_gap(vlm, load_captioned(sizes))
+    gap = measure_modality_gap(vlm, load_captioned(sizes.split, sizes.pairs))
     return {
         f"hidden_state_cosine/layer {layer}, {kind}": {"value": value, "n": gap.n}
         for kind in ("raw", "centred", "mismatched")
@@ -368,12 +378,12 @@ def measure_cosines(vlm: VLM, sizes: Sizes) -> Measured:
     }
 
 
-def load_captioned(sizes: Sizes) -> list[Sample]:
+def load_captioned(split: str, limit: int) -> list[Sample]:
     """Return some harmful picture requests with the caption of what is shown."""
     concepts = load_concepts()
     return [
         replace(sample, caption=CAPTION.format(concepts[sample.concept].phrase))
-        for sample in load_samples("harmful_image", sizes.split, limit=sizes.pairs)
+        for sample in load_samples("harmful_image", split, limit=limit)
     ]
 
 
@@ -382,6 +392,14 @@ def answer_samples(vlm: VLM, samples: Sequence[Sample]) -> list[str]:
     images = [open_images(sample) for sample in samples]
     prompts = [sample.prompt for sample in samples]
     return generate_answers(vlm, prompts, images, max_new_tokens=20, batch_size=32)
+
+
+def name_things(vlm: VLM, samples: Sequence[Sample]) -> list[bool]:
+    """Return whether each answer names what is shown."""
+    return [
+        score_naming(answer, names_of(sample.concept))
+        for sample, answer in zip(samples, answer_samples(vlm, samples), strict=True)
+    ]
 
 
 def answer_with_retrieved(vlm: VLM, samples: Sequence[Sample], index: TextIndex) -> list[str]:
@@ -415,7 +433,7 @@ def measure_spelled(vlm: VLM, sizes: Sizes) -> Measured:
 
 
 def diagnose(vlm: VLM, sizes: Sizes) -> Measured:
-    """Find out which layers decide on a refusal in text, and what replacing states would bring."""
+    """Find out where a refusal in text comes from, and what keeps it away beside pictures."""
     text = load_samples("harmful_text", sizes.split, limit=sizes.pairs)
     found: Measured = {
         f"activation_layer/{name}, {part}": {"value": float(value), "n": len(text)}
@@ -423,15 +441,40 @@ def diagnose(vlm: VLM, sizes: Sizes) -> Measured:
         for part, value in layers.items()
         if isinstance(value, int | float)
     }
-    samples = load_captioned(sizes)
-    replaced = measure_replacement(vlm, samples, lambda answer: score_refusal(answer).is_refusal)
-    for each in replaced:
-        setting = f"caption state after layer {each.layers[0]}" if each.layers else "as it is"
-        found[f"replacement_refusal_rate/{setting}"] = [
-            [sample.id, sample.concept, "", outcome]
-            for sample, outcome in zip(samples, each.refused, strict=True)
-        ]
+    samples = load_captioned(sizes.split, sizes.pairs)
+    for each in measure_replacement(vlm, samples, is_refusal):
+        setting = f"caption state after layer {each.layers[0]}" if each.layers else AS_IT_IS
+        found[f"replacement_refusal_rate/{setting}"] = list_outcomes(samples, each.refused)
+    return found | bypass(vlm, sizes) | relate_gap(vlm, sizes)
+
+
+def bypass(vlm: VLM, sizes: Sizes) -> Measured:
+    """Leave windows of layers out: what stops refusals, and what stops everything."""
+    text = load_samples("harmful_text", sizes.split, limit=sizes.pairs)
+    shown = load_samples("naming", sizes.split, limit=sizes.pairs)
+    found: Measured = {}
+    for each in measure_bypass(vlm, text, is_refusal, width=BYPASSED):
+        setting = (
+            f"without layers {each.layers[0]} to {each.layers[-1]}" if each.layers else AS_IT_IS
+        )
+        found[f"bypass_text_refusal_rate/{setting}"] = list_outcomes(text, each.refused)
+        with bypass_layers(vlm, each.layers):
+            found[f"bypass_naming_accuracy/{setting}"] = list_outcomes(
+                shown, name_things(vlm, shown)
+            )
     return found
+
+
+def relate_gap(vlm: VLM, sizes: Sizes) -> Measured:
+    """Ask whether pictures that are nearer to their caption are refused more often."""
+    samples = load_captioned(sizes.split, sizes.limit)
+    refused = [is_refusal(answer) for answer in answer_samples(vlm, samples)]
+    gap = measure_modality_gap(vlm, samples, is_refused=refused)
+    return {
+        f"gap_by_refusal/layer {layer}, {kind}": {"value": value, "n": gap.n}
+        for kind in ("refused", "answered", "correlation")
+        for layer, value in enumerate(getattr(gap, kind) or ())
+    }
 
 
 def summarise(variant: str, seeds: Mapping[int, Measured]) -> list[Row]:
