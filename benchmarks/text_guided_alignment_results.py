@@ -545,16 +545,26 @@ def measure_change(pairs: Sequence[tuple[Measured, Measured]], key: str, part: s
 
 
 def run(
-    sizes: Sizes, seeds: Sequence[int], names: Sequence[str], *, work: Path, outcomes: Path
+    sizes: Sizes,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    all_seeds: Sequence[str],
+    *,
+    work: Path,
+    outcomes: Path,
 ) -> list[Row]:
     """Fit and measure what is not there yet, and return all records."""
+    unknown = sorted({*names, *all_seeds} - {variant.name for variant in VARIANTS})
+    if unknown:
+        known = ", ".join(variant.name for variant in VARIANTS)
+        raise SystemExit(f"no variant '{unknown[0]}'. Known: {known}")
     vlm = load_start(sizes)
     folders = Folders.make(vlm, sizes, work=work, outcomes=outcomes)
     samples = build_samples(vlm, sizes, folders.work)
     found: dict[str, dict[int, Measured]] = {}
     for seed in seeds:  # a stopped run has the first seeds
         for variant in [v for v in VARIANTS if not names or v.name in names]:
-            if variant.is_main or seed == seeds[0]:
+            if variant.is_main or variant.name in all_seeds or seed == seeds[0]:
                 found.setdefault(variant.name, {})[seed] = measure_variant(
                     vlm, samples, variant, seed, sizes=sizes, folders=folders
                 )
@@ -611,6 +621,13 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=[], help="only these; default: all")
+    parser.add_argument(
+        "--all-seeds",
+        nargs="*",
+        default=[],
+        metavar="VARIANT",
+        help="ablations that are measured with all seeds, not with the first alone",
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the projector")
@@ -635,7 +652,14 @@ def main() -> None:
         options.split == "test" and options.model == mini.NAME and options.start != SHIPPED
     )
     outcomes = options.outcomes if is_published else options.work
-    records = run(sizes, options.seeds, options.variants, work=options.work, outcomes=outcomes)
+    records = run(
+        sizes,
+        options.seeds,
+        options.variants,
+        options.all_seeds,
+        work=options.work,
+        outcomes=outcomes,
+    )
     folder = OUT if is_published else options.work
     page = render(records, describe(sizes), describe_command(leave_out=("--work", "--outcomes")))
     write(folder / f"{STEM}.md", page)

@@ -26,7 +26,8 @@ class Variant:
     """How the caption of the guide loss is written; the answers always use `CAPTION`."""
 
     is_main: bool = False
-    """Whether it is measured for all seeds; ablations take the first."""
+    """Whether it is measured for all seeds, and whatever is measured at all; ablations take the
+    first seed, or all of them if they are asked for."""
 
     is_fitted: bool = True
     """Whether anything is trained; the model that all others start from is measured as it is."""
@@ -72,6 +73,12 @@ VARIANTS: Final = (
         against="centred",
     ),
     Variant(
+        "centred-projector",
+        "as centred, the guide loss moves the projector alone",
+        {**GUIDED, **CENTRED, "retrieved": "text_pass", "guide_trains": "projector"},
+        against="centred",
+    ),
+    Variant(
         "centred-weak",
         "as centred, weights of 3",
         {**GUIDED, **CENTRED, **WEAK, "retrieved": "text_pass"},
@@ -81,6 +88,18 @@ VARIANTS: Final = (
         "centred-layers-repository",
         "as centred, layers 28 % to 56 %",
         {**GUIDED, **CENTRED, "retrieved": "text_pass", "layers": "0.28-0.56"},
+        against="centred",
+    ),
+    Variant(
+        "centred-layers-first-third",
+        "as centred, layers 0 % to 33 %",
+        {**GUIDED, **CENTRED, "retrieved": "text_pass", "layers": "0.0-0.33"},
+        against="centred",
+    ),
+    Variant(
+        "centred-layers-last-third",
+        "as centred, layers 67 % to 100 %",
+        {**GUIDED, **CENTRED, "retrieved": "text_pass", "layers": "0.67-1.0"},
         against="centred",
     ),
     Variant(

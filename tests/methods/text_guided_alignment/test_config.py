@@ -34,11 +34,21 @@ def test_settings_survive_json() -> None:
         ({"retrieved_format": "Text: "}, "needs {}"),
         ({"answer_weight": 0.0, "is_guide_detached": True}, "Raise answer_weight"),
         ({"answer_weight": 0.0, "align_weight": 0.0, "pair_weight": 0.0}, "Raise answer_weight"),
+        (
+            {"answer_weight": 0.0, "guide_trains": "projector", "trainable": "full"},
+            'Use trainable="projector"',
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any], advice: str) -> None:
     with pytest.raises(SettingError, match=advice):
         TextGuidedAlignmentConfig(**values)
+
+
+def test_settings_that_came_later_may_be_missing() -> None:
+    values = TextGuidedAlignmentConfig().to_dict()
+    del values["guide_trains"]
+    assert TextGuidedAlignmentConfig.from_dict(values) == TextGuidedAlignmentConfig()
 
 
 def test_missing_and_unknown_settings_are_named() -> None:

@@ -87,6 +87,27 @@ def test_a_detached_guide_leaves_the_gradient_of_the_answers_alone(
         assert not torch.allclose(of_intended[name], gradient)
 
 
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_a_guide_for_the_projector_leaves_everything_after_it_to_the_answers(
+    tiny: Callable[[str], VLM], guided: list[Sample], *, has_checkpointing: bool
+) -> None:
+    config = TextGuidedAlignmentConfig(
+        trainable="full", has_gradient_checkpointing=has_checkpointing
+    )
+    whole, of_whole = gradients(tiny("llava"), guided, config)
+    step, found = gradients(tiny("llava"), guided, replace(config, guide_trains="projector"))
+    _, of_answers = gradients(
+        tiny("llava"), guided, replace(config, align_weight=0.0, pair_weight=0.0)
+    )
+    assert step.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
+    is_after = [name for name in found if "multi_modal_projector" not in name]
+    assert len(is_after) < len(found)
+    for name, gradient in found.items():
+        expected = of_answers if name in is_after else of_whole
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+    assert any(not torch.allclose(of_whole[name], of_answers[name]) for name in is_after)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(
     tiny: Callable[[str], VLM], guided: list[Sample]
 ) -> None:

@@ -77,6 +77,37 @@ def test_operations_are_those_that_torch_counts(
     assert (again.flops > plan.flops) == has_checkpointing
 
 
+def test_a_guide_apart_costs_the_backward_pass_that_torch_counts(guided: list[Sample]) -> None:
+    counted, planned = [], []
+    for trains in ("all", "projector"):
+        vlm = tiny_vlm("llava")
+        vlm.model.set_attn_implementation("eager")
+        config = TextGuidedAlignmentConfig(
+            trainable="full",
+            teacher="base",
+            retrieved="text_pass",
+            guide_trains=trains,
+            batch_size=1,
+            layers=str(vlm.layout.num_layers - 1),
+        )
+        with freeze(vlm.model), train_parts(vlm, config) as parts:
+            engine = GuidedEngine(vlm, guided[:1], config, parts)
+            encoded = engine._encode(guided[:1])
+            with FlopCounterMode(display=False) as counter:
+                engine.loss(Batch((0,), 0.0)).loss.backward()
+        assert encoded.labels is not None
+        image = int(encoded.spans.image.sum())
+        work = Workload(
+            samples=1,
+            image_tokens=image,
+            text_tokens=encoded.labels.shape[1] - image,
+            teraflops=1.0,
+        )
+        counted.append(counter.get_total_flops())
+        planned.append(measure_plan(vlm.model, vlm.layout, config, work).flops)
+    assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.1)
+
+
 def plan_of(workload: Workload = WORK, **values: Any) -> Any:
     vlm = tiny_vlm("llava")
     return measure_plan(vlm.model, vlm.layout, TextGuidedAlignmentConfig(**values), workload)

@@ -17,12 +17,15 @@ _CHOICES: Final = {
     "retrieved": ("prefix", "text_pass", "none"),
     "teacher": ("current", "base"),
     "trainable": ("projector", "projector+lora", "full"),
+    "guide_trains": ("all", "projector"),
     "lora_targets": ("all", "attention"),
     "template": ("chat", "plain"),
     "schedule": ("constant", "cosine"),
     "autocast": ("auto", "none", "bfloat16"),
     "cache_dtype": ("float32", "float16", "bfloat16"),
 }
+_ADDED: Final = {"guide_trains": "all"}
+"""Settings that earlier artifacts lack, with the values that they were fitted by."""
 _AT_LEAST_ONE: Final = ("lora_rank", "epochs", "batch_size", "accumulation_steps")
 _POSITIVE: Final = ("learning_rate", "lora_alpha", "language_learning_rate")
 _NOT_NEGATIVE: Final = (
@@ -82,6 +85,11 @@ class TextGuidedAlignmentConfig:
     is_guide_detached: bool = False
     """Keep the guide loss from having a gradient, as the authors' released code does by accident;
     a control, not for use."""
+
+    guide_trains: str = "all"
+    """What the guide loss moves: "all" that is trained (paper, repository) or the "projector"
+    alone, while adapters or language model learn from the answers and nothing else. Costs another
+    backward pass."""
 
     is_retrieved_detached: bool = True
     """Keep the gradient of the pair term out of the retrieved text's states. Repository: no."""
@@ -194,6 +202,13 @@ class TextGuidedAlignmentConfig:
                 "learnt. Raise answer_weight, or use the guide loss undetached."
             )
 
+        if not self.answer_weight and self.is_guide_apart:
+            raise SettingError(
+                f'guide_trains="projector" with answer_weight=0 leaves "{self.trainable}" without '
+                'anything to learn beyond the projector. Use trainable="projector", or raise '
+                "answer_weight."
+            )
+
     @property
     def has_guide(self) -> bool:
         """Whether a guide term is computed."""
@@ -210,6 +225,12 @@ class TextGuidedAlignmentConfig:
         return self.trainable != "projector"
 
     @property
+    def is_guide_apart(self) -> bool:
+        """Whether the guide loss takes a backward pass of its own."""
+        is_narrow = self.guide_trains == "projector" and self.is_language_model_trained
+        return is_narrow and self.has_guide and not self.is_guide_detached
+
+    @property
     def is_text_state_constant(self) -> bool:
         """Whether the states of a caption are the same at every step, so that they can be kept."""
         return self.teacher == "base" or not self.is_language_model_trained
@@ -222,13 +243,15 @@ class TextGuidedAlignmentConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "TextGuidedAlignmentConfig":
         """Rebuild settings, refusing missing and unknown names.
 
+        Settings that came later than the artifact may be missing.
+
         Args:
             values: What `to_dict` returned.
 
         Raises:
             SettingError: If a setting is missing, unknown or out of range.
         """
-        return rebuild_settings(cls, values, "text-guided alignment")
+        return rebuild_settings(cls, {**_ADDED, **values}, "text-guided alignment")
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -202,10 +202,25 @@ class GuidedEngine:
         total = config.answer_weight * answers
         if terms is not None:
             guide = self._weigh(terms, by_set)
-            total = total + (guide.detach() if config.is_guide_detached else guide)
+            total = total + self._route(guide)
         if not config.answer_weight:
             del by_set["answer"]
         return StepLoss(self._anchored(total), by_set)
+
+    def _route(self, guide: Tensor) -> Tensor:
+        """Return the guide loss with a gradient in what it is to train and nowhere else."""
+        if self.config.is_guide_detached:
+            return guide.detach()
+        if not self.config.is_guide_apart or not guide.requires_grad:
+            return guide
+        projector = [self.parts.weights[name] for name in sorted(self.parts.projector)]
+        gradients = torch.autograd.grad(guide, projector, retain_graph=True, allow_unused=True)
+        # A function of the projector alone that has these gradients, and the value 0.
+        linear = guide.new_zeros(())
+        for gradient, weight in zip(gradients, projector, strict=True):
+            if gradient is not None:
+                linear = linear + (gradient * (weight - weight.detach())).sum()
+        return guide.detach() + linear
 
     def _anchored(self, total: Tensor) -> Tensor:
         """Give a loss that nothing trained has touched, as of text alone, a graph of zeros."""

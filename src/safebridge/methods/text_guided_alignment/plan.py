@@ -291,6 +291,10 @@ def _step_flops(
     if config.has_gradient_checkpointing:
         backward += decoder + attention
     adapters = 2 * sizes["adapters"] * tokens * 3
+    if config.is_guide_apart:
+        again = decoder + attention if config.has_gradient_checkpointing else 0
+        backward += decoder + 2 * attention + projector + again
+        adapters += 2 * sizes["adapters"] * tokens
     return float(tower + projector + decoder + attention + head + backward + adapters)
 
 
