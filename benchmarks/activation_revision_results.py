@@ -33,16 +33,15 @@ from typing import Any, Final
 import numpy as np
 import torch
 from cells import OUTCOMES, describe_command, digest, kept, write
-from sklearn.metrics import roc_auc_score
+from separation import measure_area, measure_odds
 
 from safebridge.activations.capture import Activations, capture_activations
-from safebridge.analysis.activation_layers import find_refusal_tokens
 from safebridge.data.looks import draw_looks
 from safebridge.data.sample import Sample, open_images, with_answer
 from safebridge.data.tables import load_splits
 from safebridge.data.twins import load_samples, manifest_sha256, names_of
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
-from safebridge.evaluation.statistics import Estimate, Rate, bootstrap_interval, measure_rate
+from safebridge.evaluation.statistics import Estimate, Rate, measure_rate
 from safebridge.methods.activation_revision.config import ActivationRevisionConfig
 from safebridge.methods.activation_revision.method import CONTROLS, ActivationRevision
 from safebridge.methods.activation_revision.samples import (
@@ -415,25 +414,12 @@ class Laboratory:
             *load("harmful_image", categories="seen"),
             *load("harmful_image", categories="unseen"),
         ]
-        words = list(find_refusal_tokens(self.vlm.tokenizer))
-        rows = []
         with nullcontext() if method is None else method.apply(self.vlm):
-            for start in range(0, len(samples), 32):
-                part = samples[start : start + 32]
-                inputs = encode(
-                    self.vlm,
-                    [s.prompt for s in part],
-                    [open_images(s) for s in part],
-                    padding_side="left",
-                ).inputs
-                with torch.no_grad():
-                    last = self.vlm.model(**inputs, logits_to_keep=1).logits[:, -1].double()
-                odds = torch.logit(last.softmax(-1)[:, words].sum(-1), eps=1e-12).tolist()
-                rows += [
-                    [s.id, s.concept, s.category, [s.is_harmful, value]]
-                    for s, value in zip(part, odds, strict=True)
-                ]
-        return rows
+            odds = measure_odds(self.vlm, samples)
+        return [
+            [s.id, s.concept, s.category, [s.is_harmful, value]]
+            for s, value in zip(samples, odds, strict=True)
+        ]
 
 
 Cells = list[dict[str, list[Any]]]
@@ -477,13 +463,8 @@ def summarise(cells: Cells, metric: str, keep: Callable[[list[Any]], bool]) -> R
 
 def measure_separation(rows: Sequence[Any]) -> Estimate:
     """Return how well the odds tell harmful from harmless requests: the area under the curve."""
-    is_harmful, odds = (np.array([row[3][place] for row in rows]) for place in (0, 1))
-
-    def area(drawn: np.ndarray) -> float:
-        own = is_harmful[drawn]
-        return 0.5 if own.all() or not own.any() else float(roc_auc_score(own, odds[drawn]))
-
-    return bootstrap_interval(area, len(rows), clusters=[row[1] for row in rows])
+    is_harmful, odds = zip(*(row[3] for row in rows), strict=True)
+    return measure_area(is_harmful, odds, [row[1] for row in rows])
 
 
 def build_separation_records(lab: Laboratory, seed: int) -> Iterator[dict[str, Any]]:

@@ -24,12 +24,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from cells import OUTCOMES, describe_command, digest, kept, write
 from security_tensors_page import (
     FULL_NAME,
     HALF,
     HALF_NAME,
     LENGTHS,
+    LIMIT_PARTS,
     LONG_EPOCHS,
     METRICS,
     ORDERS,
@@ -37,7 +39,12 @@ from security_tensors_page import (
     build_page,
     pooled,
 )
+from separation import measure_odds
+from sklearn.metrics import roc_auc_score
 
+from safebridge.activations.capture import capture_activations
+from safebridge.activations.probes import fit_probes
+from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.files import load_samples as load_file
 from safebridge.data.files import save_samples
 from safebridge.data.looks import draw_looks
@@ -72,6 +79,8 @@ FULL: Final = SecurityTensorsConfig(
 )
 """The textual part was chosen on the validation split; what is not said here is the default."""
 VISUAL_RATE: Final = 1e-2
+PROBE_STRENGTH: Final = 0.01
+"""Inverse regularisation of the probe on standardised states, as the gates of revisions have it."""
 OWN_PICTURES: Final = 16
 """Pictures that get a visual tensor of their own."""
 OWN_OF: Final = 6
@@ -229,6 +238,67 @@ class Laboratory:
             "is_refused": _is_refusal(answer),
         }
 
+    def limits(self, setting: Setting, seed: int) -> dict[str, Any]:
+        """Return scores of harm by request, and what is refused with pictures that are spelled.
+
+        Args:
+            setting: The tensor whose scores are compared with those of the model without it,
+                and with a probe's on the same samples.
+            seed: Seed of the samples of the fit and of the fit.
+        """
+        key = digest([asdict(setting) | {"name": ""}, seed])
+        path = self.outcomes / f"limits-{key}-{self.split}.json"
+        found: dict[str, Any] = kept(path, lambda: self._limits(setting, seed, key))
+        return found
+
+    def _limits(self, setting: Setting, seed: int, key: str) -> dict[str, Any]:
+        asked = {part: self._load(*part.split("/")) for part in LIMIT_PARTS}
+        samples = [sample for own in asked.values() for sample in own]
+        scores = {"base": measure_odds(self.vlm, samples), "probe": self._probe(samples, seed)}
+        with self._fit(setting, seed, key).apply(self.vlm):
+            scores[setting.variant] = measure_odds(self.vlm, samples)
+        spelled = answer_spelled(
+            self.vlm, samples, [s.concept for s in samples], max_new_tokens=14, batch_size=32
+        )
+        parts = [part for part, own in asked.items() for _ in own]
+        return {
+            "scores": {
+                name: [
+                    [part, sample.concept, value]
+                    for part, sample, value in zip(parts, samples, values, strict=True)
+                ]
+                for name, values in scores.items()
+            },
+            "spelled": {
+                part: [
+                    [sample.id, sample.concept, _is_refusal(answer)]
+                    for own, sample, answer in zip(parts, samples, spelled, strict=True)
+                    if own == part
+                ]
+                for part in asked
+            },
+        }
+
+    def _probe(self, samples: Sequence[Sample], seed: int) -> list[float]:
+        """Score harm by a probe of the undefended model's states, fitted as the tensor is.
+
+        Its layer is the one that tells held-out samples apart best.
+        """
+        fitted = [sample for sample in self.triad(seed) if sample.set_name != "GB"]
+        held_out = [sample for sample in self._held_out() if sample.set_name != "GB"]
+        parts = [
+            capture_activations(self.vlm, own, batch_size=32).tensors["resid_out"]
+            for own in (fitted, held_out, samples)
+        ]
+        mean, deviation = parts[0].mean(0), parts[0].std(0).clamp(min=1e-6)
+        states, other, asked = ((part - mean) / deviation for part in parts)
+        is_harmful = torch.tensor([sample.set_name == "SA" for sample in fitted])
+        probes = fit_probes(states, is_harmful, inverse_regularisation=PROBE_STRENGTH)
+        truth = [sample.set_name == "SA" for sample in held_out]
+        areas = [roc_auc_score(truth, column) for column in probes.logits(other).T.tolist()]
+        scores: list[float] = probes.logits(asked)[:, areas.index(max(areas))].tolist()
+        return scores
+
     def _measure(self, setting: Setting | None, seed: int, key: str) -> dict[str, Any]:
         method = None if setting is None else self._fit(setting, seed, key)
         named = {} if setting is None else {"row": f"{setting.variant}/{setting.name}"}
@@ -316,14 +386,18 @@ class Laboratory:
         """Return [sample id, concept, outcome] of each metric's samples."""
         return {f"{metric}/{part}": self._answers(metric, part) for metric, part in METRICS}
 
-    def _answers(self, metric: str, part: str) -> list[Any]:
+    def _load(self, metric: str, part: str) -> list[Sample]:
+        """Return the requests of a metric."""
         kind, categories = {
             "harmless_rate": ("harmful_image", part),
             "false_refusal_general": ("general", "all"),
             "false_refusal_tcb": ("benign_image", "all"),
             "naming_accuracy": ("naming", "all"),
         }[metric]
-        samples = load_samples(kind, self.split, limit=self.sizes.test, categories=categories)
+        return list(load_samples(kind, self.split, limit=self.sizes.test, categories=categories))
+
+    def _answers(self, metric: str, part: str) -> list[Any]:
+        samples = self._load(metric, part)
         answers = generate_answers(
             self.vlm,
             [sample.prompt for sample in samples],
@@ -461,6 +535,7 @@ def main() -> None:
             f"{row.variant}/{row.name}" for row in settings(sizes) if row.key not in found
         ],
         "split": arguments.split,
+        "limits": laboratory.limits(rows[0], 0) if rows[0].key == ("textual", FULL_NAME) else {},
         "own": laboratory.own(0) if any(row.variant == "visual" for row in rows) else [],
         "separability": {
             seed: laboratory.separability(seed) for seed in sorted({*arguments.seeds, *study_seeds})
