@@ -394,9 +394,24 @@ def _length_lines(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) 
         return []
     text = (
         "The paper finds that 10 tokens underfit and 300 beat 100 (81.89 against 64.3 %). Here the "
-        f"unseen harmless rate changes {' and '.join(parts)}."
+        f"unseen harmless rate changes {' and '.join(parts)}. {_fitted_lengths(found)}"
     )
-    return [text]
+    return [text.rstrip()]
+
+
+def _fitted_lengths(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> str:
+    """Say how much better longer tensors fit their own samples."""
+    losses = {
+        n: mean(epoch["SA"] for epoch in _kept_epochs(found["textual", f"n={n}"]))
+        for n in LENGTHS
+        if found.get(("textual", f"n={n}"))
+    }
+    few, many = min(losses), max(losses)
+    return (
+        f"On the samples of the fit the loss on SA goes from {losses[few]:.2f} with {few} to "
+        f"{losses[many]:.2f} with {many}: longer tensors learn those samples better, so it is not "
+        "room in the tensor that held-out pictures lack."
+    )
 
 
 def _loss_table(found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[str]:
