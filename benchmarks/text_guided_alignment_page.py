@@ -10,6 +10,7 @@ __all__ = [
     "ALL",
     "AS_IT_IS",
     "AT_INFERENCE",
+    "AVERAGED",
     "COMPARED",
     "FULL",
     "SEEN",
@@ -25,8 +26,19 @@ FULL, ALL = "full", "all"
 SEEN, UNSEEN = "seen", "unseen"
 AS_IT_IS: Final = "as it is"
 """Nothing replaced and nothing left out."""
+AVERAGED: Final = "mean over the layers"
 AT_INFERENCE: Final = "retrieval at inference"
 GOAL_VARIANTS: Final = (PAPERS, "centred")
+SPARED: Final = 0.75
+"""Share of the naming that a window leaves if it is to tell anything about refusing."""
+SAME_SETTINGS: Final = (
+    "centred-layers-repository",
+    "centred-layers-first-third",
+    "centred-layers-last-third",
+    "centred-teacher-current",
+    "centred-projector",
+)
+"""Ablations of the centred loss in which one setting of the method is another."""
 ALIGNED: Final = 0.6
 """Share of pictures that an aligned model names at least, as the embedded model's card asks."""
 
@@ -104,6 +116,7 @@ def render(records: Sequence[Row], about: str, command: str) -> str:
         about,
         "",
         f"Command: `{command}`. The numbers are also in `{STEM}.json`.",
+        *render_short(records),
         "",
         "## Goals",
         "",
@@ -140,6 +153,47 @@ def render(records: Sequence[Row], about: str, command: str) -> str:
     for part in PARTS:
         lines += part(records)
     return "\n".join(lines) + "\n"
+
+
+def render_short(records: Sequence[Row]) -> list[str]:
+    """Return the findings in a few sentences, as far as they were measured."""
+    held_out, over = COMPARED["picture, held out"], COMPARED["over-refusal"]
+    lines = []
+    for name, what in (
+        (PAPERS, "The paper's loss"),
+        ("centred", "The same loss on centred states"),
+    ):
+        found = [find(records, name, *column, "less plain") for column in (held_out, over)]
+        if all(found):
+            lines.append(
+                f"- {what} (`{name}`) changes the refusal of held-out pictures by "
+                f"{points(found[0])} points against plain alignment, over-refusal by "
+                f"{points(found[1])}."
+            )
+    found = [find(records, name, *held_out, "less centred") for name in SAME_SETTINGS]
+    measured = dict(zip(SAME_SETTINGS, found, strict=True))
+    parts = [f"`{name}` {points(record)}" for name, record in measured.items() if record]
+    if parts:
+        lines.append(
+            "- Against `centred`, other layers, another teacher, or a guide loss that moves the "
+            f"projector alone change it by {', '.join(parts)}."
+        )
+    related = find(records, "plain", "gap_by_refusal", setting=AVERAGED)
+    if related:
+        value, low, high = (f"{related[key]:.2f}" for key in ("value", "low", "high"))
+        lines.append(
+            "- Pictures nearer to their caption are refused more often: correlation of centred "
+            f"cosine and refusal {value} [{low}, {high}]. So the paper's explanation holds, and the "
+            "raw cosine is the wrong thing to raise (*What the loss moves*)."
+        )
+    spelled = find(records, "centred", "spelled_over_refusal_rate")
+    if spelled:
+        lines.append(
+            "- Why over-refusal rises: told the name in the picture's place, the `centred` model "
+            f"refuses {cell(spelled)} of the harmless requests as well. What is carried over is the "
+            "text safety as it is, its over-refusal included."
+        )
+    return ["", "## In short", "", *lines] if lines else []
 
 
 def render_caution(records: Sequence[Row]) -> list[str]:
@@ -282,43 +336,64 @@ def render_where(records: Sequence[Row]) -> list[str]:
 def render_bypass(records: Sequence[Row]) -> list[str]:
     """Return what leaving out layers does to refusals in text, and to everything else."""
     metrics = ("bypass_text_refusal_rate", "bypass_naming_accuracy")
-    settings = [record["setting"] for record in records if record["metric"] == metrics[0]]
-    if not settings:
+    rows = {
+        record["setting"]: [
+            find(records, "plain", metric, setting=record["setting"]) for metric in metrics
+        ]
+        for record in records
+        if record["metric"] == metrics[0]
+    }
+    if not rows:
         return []
     about = (
         "Each of these windows of layers passes on what it was given (plain model, the same "
-        "requests; things named: as many pictures). Layers that refusing needs, and nothing else, "
-        "are where refusals fall and naming stays."
+        "requests; named: as many pictures). Layers that refusing needs more than everything else "
+        f"does are where refusals fall and naming stays. {_most_selective(rows)}"
     )
-    lines = ["", "### Without some layers", "", about, "", "| layers | refused | named |"]
-    lines += ["|---|---|---|"]
-    for setting in settings:
-        cells = [cell(find(records, "plain", metric, setting=setting)) for metric in metrics]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    lines = ["", "### Without some layers", "", about.rstrip(), ""]
+    lines += ["| layers | refused | named |", "|---|---|---|"]
+    lines += [
+        f"| {setting} | {' | '.join(map(cell, values))} |" for setting, values in rows.items()
+    ]
     return lines
+
+
+def _most_selective(rows: dict[str, list[Row | None]]) -> str:
+    """Name the window that costs most refusals among those that leave most of the naming."""
+    values = {
+        setting: (refused["value"], named["value"])
+        for setting, (refused, named) in rows.items()
+        if refused and named
+    }
+    whole = values.pop(AS_IT_IS)
+    spared = {setting: value for setting, value in values.items() if value[1] >= SPARED * whole[1]}
+    if not spared:
+        return ""
+    setting = min(spared, key=lambda name: spared[name][0])
+    refused, named = spared[setting]
+    return (
+        f"Of the windows that leave {SPARED:.0%} of the naming, refusals fall furthest {setting}: "
+        f"to {refused:.0%} of {whole[0]:.0%}, with {named:.0%} of {whole[1]:.0%} named."
+    )
 
 
 def render_gap(records: Sequence[Row]) -> list[str]:
     """Return whether pictures nearer to their caption are refused more often."""
-    metric, kinds = "gap_by_refusal", ("refused", "answered", "correlation")
-    found = [record for record in records if record["metric"] == metric]
+    found = [record for record in records if record["metric"] == "gap_by_refusal"]
     if not found:
         return []
-    n = found[0]["n"]
     about = (
-        f"The plain model, {n} harmful pictures: mean centred cosine of picture and caption of "
-        "those that it refuses and of those that it answers, and the correlation of cosine and "
-        f"refusal over all of them (beyond {1.96 / n**0.5:.2f} from zero is not chance in a single "
-        "layer, at 5 %)."
+        f"The plain model, {found[0]['n']} harmful pictures: mean centred cosine of picture and "
+        "caption of those that it refuses and of those that it answers, and the correlation of "
+        "cosine and refusal over all of them, with intervals of 95 % clustered by concept."
     )
     title = "## Are pictures nearer to their caption refused more often?"
-    lines = ["", title, "", about, "", f"| layer | {' | '.join(kinds)} |", "|---|---|---|---|"]
-    for layer in range(sum(record["setting"].endswith(kinds[-1]) for record in found)):
-        values = [
-            find(records, "plain", metric, setting=f"layer {layer}, {kind}") for kind in kinds
-        ]
-        numbers = [f"{each['value']:.3f}" if each else "" for each in values]
-        lines.append(f"| {layer} | {' | '.join(numbers)} |")
+    lines = ["", title, "", about, "", "| states | refused | answered | correlation |"]
+    lines += ["|---|---|---|---|"]
+    for record in found:
+        sides = " | ".join(f"{record.get(name, 0.0):.3f}" for name in ("refused", "answered"))
+        value, low, high = (f"{record[name]:.2f}" for name in ("value", "low", "high"))
+        lines.append(f"| {record['setting']} | {sides} | {value} [{low}, {high}] |")
     return lines
 
 

@@ -29,12 +29,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cells import OUTCOMES, describe_command, digest, kept, write
 from text_guided_alignment_page import (
     ALL,
     AS_IT_IS,
     AT_INFERENCE,
+    AVERAGED,
     COMPARED,
     FULL,
     SEEN,
@@ -51,13 +53,22 @@ from safebridge.analysis.activation_layers import (
     measure_bypass,
     measure_replacement,
 )
-from safebridge.analysis.modality_gap import measure_modality_gap
+from safebridge.analysis.modality_gap import (
+    capture_pairs,
+    measure_modality_gap,
+    paired_cosines,
+)
 from safebridge.analysis.spelled_pictures import answer_spelled
 from safebridge.data.sample import Sample, open_images
 from safebridge.data.tables import is_seen, load_concepts, load_requests, names_of
 from safebridge.data.twins import load_samples, manifest_sha256
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
-from safebridge.evaluation.statistics import Difference, measure_difference, measure_rate
+from safebridge.evaluation.statistics import (
+    Difference,
+    bootstrap_interval,
+    measure_difference,
+    measure_rate,
+)
 from safebridge.methods.text_guided_alignment.config import TextGuidedAlignmentConfig
 from safebridge.methods.text_guided_alignment.method import TextGuidedAlignment
 from safebridge.methods.text_guided_alignment.retrieval import (
@@ -309,10 +320,23 @@ def list_refusals(samples: Sequence[Sample], answers: Sequence[str]) -> list[lis
     return list_outcomes(samples, [is_refusal(answer) for answer in answers])
 
 
-def list_outcomes(samples: Sequence[Sample], outcomes: Sequence[bool]) -> list[list[Any]]:
-    """Return [id, concept, category of harm, outcome] of each request."""
+def list_outcomes(
+    samples: Sequence[Sample], outcomes: Sequence[Any], *, is_split: bool = True
+) -> list[list[Any]]:
+    """Return [id, concept, category of harm, outcome] of each request.
+
+    Args:
+        samples: The requests.
+        outcomes: What came of each.
+        is_split: Whether categories count apart.
+    """
     return [
-        [sample.id, sample.concept, sample.category if sample.is_harmful else "", outcome]
+        [
+            sample.id,
+            sample.concept,
+            sample.category if is_split and sample.is_harmful else "",
+            outcome,
+        ]
         for sample, outcome in zip(samples, outcomes, strict=True)
     ]
 
@@ -444,7 +468,9 @@ def diagnose(vlm: VLM, sizes: Sizes) -> Measured:
     samples = load_captioned(sizes.split, sizes.pairs)
     for each in measure_replacement(vlm, samples, is_refusal):
         setting = f"caption state after layer {each.layers[0]}" if each.layers else AS_IT_IS
-        found[f"replacement_refusal_rate/{setting}"] = list_outcomes(samples, each.refused)
+        found[f"replacement_refusal_rate/{setting}"] = list_outcomes(
+            samples, each.refused, is_split=False
+        )
     return found | bypass(vlm, sizes) | relate_gap(vlm, sizes)
 
 
@@ -457,7 +483,9 @@ def bypass(vlm: VLM, sizes: Sizes) -> Measured:
         setting = (
             f"without layers {each.layers[0]} to {each.layers[-1]}" if each.layers else AS_IT_IS
         )
-        found[f"bypass_text_refusal_rate/{setting}"] = list_outcomes(text, each.refused)
+        found[f"bypass_text_refusal_rate/{setting}"] = list_outcomes(
+            text, each.refused, is_split=False
+        )
         with bypass_layers(vlm, each.layers):
             found[f"bypass_naming_accuracy/{setting}"] = list_outcomes(
                 shown, name_things(vlm, shown)
@@ -469,12 +497,30 @@ def relate_gap(vlm: VLM, sizes: Sizes) -> Measured:
     """Ask whether pictures that are nearer to their caption are refused more often."""
     samples = load_captioned(sizes.split, sizes.limit)
     refused = [is_refusal(answer) for answer in answer_samples(vlm, samples)]
-    gap = measure_modality_gap(vlm, samples, is_refused=refused)
+    cosines = paired_cosines(*capture_pairs(vlm, samples), is_centred=True)
     return {
-        f"gap_by_refusal/layer {layer}, {kind}": {"value": value, "n": gap.n}
-        for kind in ("refused", "answered", "correlation")
-        for layer, value in enumerate(getattr(gap, kind) or ())
+        f"gap_by_refusal/{name}": list_outcomes(
+            samples, list(zip(values.tolist(), refused, strict=True)), is_split=False
+        )
+        for name, values in (
+            (AVERAGED, cosines.mean(dim=0)),
+            *((f"layer {layer}", row) for layer, row in enumerate(cosines)),
+        )
     }
+
+
+def correlate(rows: Sequence[Any]) -> Row:
+    """Return the correlation of cosine and refusal, with both sides' mean cosines."""
+    cosines, refused = (np.array([row[3][place] for row in rows]) for place in (0, 1))
+
+    def correlation(drawn: np.ndarray) -> float:
+        own = refused[drawn]
+        return 0.0 if own.all() or not own.any() else np.corrcoef(cosines[drawn], own)[0, 1]
+
+    found = bootstrap_interval(correlation, len(rows), clusters=[row[1] for row in rows])
+    sides = {"refused": cosines[refused], "answered": cosines[~refused]}
+    means = {name: float(own.mean()) for name, own in sides.items() if len(own)}
+    return {**found.to_json(), **means}
 
 
 def summarise(variant: str, seeds: Mapping[int, Measured]) -> list[Row]:
@@ -493,15 +539,17 @@ def summarise(variant: str, seeds: Mapping[int, Measured]) -> list[Row]:
             "setting": setting,
             "metric": metric,
             "split": split,
-            **summarise_rows([row for rows in group.values() for row in rows]),
+            **summarise_rows(metric, [row for rows in group.values() for row in rows]),
             "seeds": list(group),
         }
         for (metric, setting, split), group in groups.items()
     ]
 
 
-def summarise_rows(rows: Sequence[Any]) -> Row:
+def summarise_rows(metric: str, rows: Sequence[Any]) -> Row:
     """Return value, interval and n of a rate, or mean, lowest, highest and n of plain values."""
+    if metric == "gap_by_refusal":
+        return correlate(rows)
     if not isinstance(rows[0], dict):
         rate = measure_rate([bool(row[3]) for row in rows], clusters=[row[1] for row in rows])
         return {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
