@@ -183,15 +183,15 @@ def render_short(records: Sequence[Row]) -> list[str]:
         value, low, high = (f"{related[key]:.2f}" for key in ("value", "low", "high"))
         lines.append(
             "- Pictures nearer to their caption are refused more often: correlation of centred "
-            f"cosine and refusal {value} [{low}, {high}]. So the paper's explanation holds, and the "
-            "raw cosine is the wrong thing to raise (*What the loss moves*)."
+            f"cosine and refusal {value} [{low}, {high}], as the paper's explanation has it. What "
+            "raises the raw cosine alone does not help (*What the loss moves*)."
         )
     spelled = find(records, "centred", "spelled_over_refusal_rate")
     if spelled:
         lines.append(
             "- Why over-refusal rises: told the name in the picture's place, the `centred` model "
-            f"refuses {cell(spelled)} of the harmless requests as well. What is carried over is the "
-            "text safety as it is, its over-refusal included."
+            f"refuses {cell(spelled)} of the harmless requests as well. What is carried over is "
+            "text safety as it is, with its over-refusal."
         )
     return ["", "## In short", "", *lines] if lines else []
 
