@@ -18,6 +18,8 @@ from safebridge.methods.text_guided_alignment.plan import (
     measure_plan,
     measure_teraflops,
 )
+from safebridge.models.load import VLM
+from safebridge.models.tokens import Encoded
 from safebridge.testing.tiny import tiny_vlm
 from safebridge.training.loop import freeze
 
@@ -38,6 +40,32 @@ def test_parameters_and_cache_are_those_of_the_fit(
     assert plan.steps == method.metadata.details["steps"]
 
 
+def count_operations(
+    vlm: VLM, samples: list[Sample], config: TextGuidedAlignmentConfig
+) -> tuple[int, Encoded]:
+    """Let torch count the operations of one sample's loss and gradients."""
+    vlm.model.set_attn_implementation("eager")  # torch counts no fused attention on the CPU
+    with freeze(vlm.model), train_parts(vlm, config) as parts:
+        engine = GuidedEngine(vlm, samples[:1], config, parts)
+        encoded = engine._encode(samples[:1])
+        with FlopCounterMode(display=False) as counter:
+            engine.loss(Batch((0,), 0.0)).loss.backward()
+    return counter.get_total_flops(), encoded
+
+
+def workload_of(encoded: Encoded) -> Workload:
+    """Describe the sample that was counted."""
+    assert encoded.labels is not None
+    image = int(encoded.spans.image.sum())
+    return Workload(
+        samples=1,
+        image_tokens=image,
+        text_tokens=encoded.labels.shape[1] - image,
+        answer_tokens=int((encoded.labels >= 0).sum()) + 2,  # from before the first label on
+        teraflops=1.0,
+    )
+
+
 @pytest.mark.parametrize("trainable", ["projector", "full"])
 @pytest.mark.parametrize("has_checkpointing", [False, True])
 def test_operations_are_those_that_torch_counts(
@@ -45,7 +73,6 @@ def test_operations_are_those_that_torch_counts(
 ) -> None:
     """Counted by torch on one sample; the norms are not planned."""
     vlm = tiny_vlm("llava")
-    vlm.model.set_attn_implementation("eager")  # torch counts no fused attention on the CPU
     config = TextGuidedAlignmentConfig(
         trainable=trainable,
         batch_size=1,
@@ -54,25 +81,12 @@ def test_operations_are_those_that_torch_counts(
         retrieved="none",
         has_gradient_checkpointing=has_checkpointing,
     )
-    with freeze(vlm.model), train_parts(vlm, config) as parts:
-        engine = GuidedEngine(vlm, guided[:1], config, parts)
-        encoded = engine._encode(guided[:1])
-        with FlopCounterMode(display=False) as counter:
-            engine.loss(Batch((0,), 0.0)).loss.backward()
-    assert encoded.labels is not None
-    image = int(encoded.spans.image.sum())
-    answer = int((encoded.labels >= 0).sum()) + 2  # columns from before the first label on
-    work = Workload(
-        samples=1,
-        image_tokens=image,
-        text_tokens=encoded.labels.shape[1] - image,
-        answer_tokens=answer,
-        teraflops=1.0,
-    )
+    counted, encoded = count_operations(vlm, guided, config)
+    work = workload_of(encoded)
     plan = measure_plan(
         vlm.model, vlm.layout, replace(config, has_gradient_checkpointing=False), work
     )
-    assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert plan.flops == pytest.approx(counted, rel=0.1)
     again = measure_plan(vlm.model, vlm.layout, config, work)
     assert (again.flops > plan.flops) == has_checkpointing
 
@@ -81,7 +95,6 @@ def test_a_guide_apart_costs_the_backward_pass_that_torch_counts(guided: list[Sa
     counted, planned = [], []
     for trains in ("all", "projector"):
         vlm = tiny_vlm("llava")
-        vlm.model.set_attn_implementation("eager")
         config = TextGuidedAlignmentConfig(
             trainable="full",
             teacher="base",
@@ -90,21 +103,9 @@ def test_a_guide_apart_costs_the_backward_pass_that_torch_counts(guided: list[Sa
             batch_size=1,
             layers=str(vlm.layout.num_layers - 1),
         )
-        with freeze(vlm.model), train_parts(vlm, config) as parts:
-            engine = GuidedEngine(vlm, guided[:1], config, parts)
-            encoded = engine._encode(guided[:1])
-            with FlopCounterMode(display=False) as counter:
-                engine.loss(Batch((0,), 0.0)).loss.backward()
-        assert encoded.labels is not None
-        image = int(encoded.spans.image.sum())
-        work = Workload(
-            samples=1,
-            image_tokens=image,
-            text_tokens=encoded.labels.shape[1] - image,
-            teraflops=1.0,
-        )
-        counted.append(counter.get_total_flops())
-        planned.append(measure_plan(vlm.model, vlm.layout, config, work).flops)
+        operations, encoded = count_operations(vlm, guided, config)
+        counted.append(operations)
+        planned.append(measure_plan(vlm.model, vlm.layout, config, workload_of(encoded)).flops)
     assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.1)
 
 
