@@ -37,6 +37,8 @@ from security_tensors_page import (
     ORDERS,
     SIZES,
     build_page,
+    measure_limits,
+    measure_rows,
     pooled,
 )
 from separation import measure_odds
@@ -53,6 +55,7 @@ from safebridge.data.separability import measure_separability
 from safebridge.data.triad import build_triad, draw_evenly, find_own_refusal, match_benign
 from safebridge.data.twins import load_samples, manifest_sha256, names_of
 from safebridge.evaluation.judges import measure_rules_fingerprint, score_naming, score_refusal
+from safebridge.evaluation.statistics import Estimate, Rate
 from safebridge.methods.security_tensors.answers import answer_samples
 from safebridge.methods.security_tensors.config import SecurityTensorsConfig
 from safebridge.methods.security_tensors.method import SecurityTensors
@@ -420,17 +423,32 @@ def build_records(
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of the JSON twin."""
     rows = {("base", FULL_NAME): [base], **found}
-    for (variant, setting), cells in rows.items():
+    for key, cells in rows.items():
         for metric, part in METRICS:
-            rate = pooled(cells, metric, part)
-            yield {
-                "variant": variant,
-                "setting": setting,
-                "metric": metric,
-                "split": part,
-                **rate.to_json(),
-                "seeds": list(seeds.get((variant, setting), ())),
-            }
+            yield _record(key, metric, part, pooled(cells, metric, part), seeds.get(key, ()))
+
+
+def build_limit_records(
+    base: Mapping[str, Any], facts: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of what could be reached, and of tensors for one picture."""
+    limits, own = facts["limits"], facts["own"]
+    for told in measure_limits(base, limits) if limits else ():
+        key = (told.name, FULL_NAME)
+        yield _record(key, "separation", told.part, told.area, [0])
+        yield _record(key, "harmless_rate_in_budget", told.part, told.above, [0])
+    for name, rows in limits.get("spelled", {}).items():
+        yield _record(("spelled", FULL_NAME), *name.split("/"), measure_rows(rows), [0])
+    if own:
+        rows = [[each["id"], each["concept"], each["is_refused"]] for each in own]
+        yield _record(("visual", "one picture"), "harmless_rate", "fit", measure_rows(rows), [0])
+
+
+def _record(
+    key: tuple[str, str], metric: str, split: str, value: Rate | Estimate, seeds: Sequence[int]
+) -> dict[str, Any]:
+    names = {"variant": key[0], "setting": key[1], "metric": metric, "split": split}
+    return {**names, **value.to_json(), "seeds": list(seeds)}
 
 
 def _is_refusal(text: str) -> bool:
@@ -542,7 +560,7 @@ def main() -> None:
         },
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = list(build_records(base, found, seeds))
+    records = [*build_records(base, found, seeds), *build_limit_records(base, facts)]
     write(arguments.out / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     write(arguments.out / f"{STEM}.md", build_page(base, found, facts))
     print(f"{len(records)} records: {arguments.out / STEM}.md, .json")

@@ -12,7 +12,7 @@ from safebridge.evaluation.statistics import Estimate, bootstrap_interval
 from safebridge.models.load import VLM
 from safebridge.models.tokens import encode
 
-__all__ = ["measure_area", "measure_odds", "share_above"]
+__all__ = ["find_threshold", "measure_area", "measure_odds"]
 
 
 def measure_odds(vlm: VLM, samples: Sequence[Sample], *, batch_size: int = 32) -> list[float]:
@@ -54,14 +54,11 @@ def measure_area(
     return bootstrap_interval(area, len(truth), clusters=list(clusters))
 
 
-def share_above(harmful: Sequence[float], harmless: Sequence[float], budget: float) -> float:
-    """Return the share of harmful scores above the lowest threshold that keeps to a budget.
+def find_threshold(harmless: Sequence[float], budget: float) -> float:
+    """Return the lowest threshold that no more than a share of harmless scores exceeds.
 
     Args:
-        harmful: Scores of harmful requests.
-        harmless: Scores of harmless ones.
-        budget: Share of the harmless ones that may lie above the threshold, in [0, 1].
+        harmless: Scores of harmless requests.
+        budget: Share of them that may lie above, in [0, 1).
     """
-    allowed = int(budget * len(harmless))
-    threshold = sorted(harmless, reverse=True)[allowed]
-    return float(np.mean(np.array(harmful) > threshold))
+    return sorted(harmless, reverse=True)[int(budget * len(harmless))]
