@@ -16,8 +16,9 @@ came of every request is committed in benchmarks/outcomes, so the page follows f
 `--outcomes` with an empty folder measures everything anew, as is needed after a change of the
 method's code, which the files' names do not follow. The last step writes
 docs/results/text-guided-alignment.md and .json. Choices are made with `--split validation`, which
-writes into the work folder alone. It is 33 fits of about ten minutes on one core; `--variants` and
-`--seeds` choose some of them, and the page then has only those.
+writes into the work folder alone. It is some forty fits of about ten minutes on one core;
+`--variants` and `--seeds` choose some of them, and the page then has only those. Ablations take the
+first seed, those of `--all-seeds` all.
 """
 
 import argparse
