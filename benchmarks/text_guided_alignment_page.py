@@ -176,7 +176,7 @@ def render_short(records: Sequence[Row]) -> list[str]:
     if parts:
         lines.append(
             "- Against `centred`, other layers, another teacher, or a guide loss that moves the "
-            f"projector alone change it by {', '.join(parts)}."
+            f"projector alone change the refusal of held-out pictures by {', '.join(parts)}."
         )
     related = find(records, "plain", "gap_by_refusal", setting=AVERAGED)
     if related:
