@@ -24,9 +24,9 @@ first seed, those of `--all-seeds` all.
 import argparse
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -609,7 +609,7 @@ def run(
         raise SystemExit(f"no variant '{unknown[0]}'. Known: {known}")
     vlm = load_start(sizes)
     folders = Folders.make(vlm, sizes, work=work, outcomes=outcomes)
-    samples = build_samples(vlm, sizes, folders.work)
+    samples = cache(partial(build_samples, vlm, sizes, folders.work))  # only if a fit is missing
     found: dict[str, dict[int, Measured]] = {}
     for seed in seeds:  # a stopped run has the first seeds
         for variant in [v for v in VARIANTS if not names or v.name in names]:
@@ -624,7 +624,7 @@ def run(
 
 def measure_variant(
     vlm: VLM,
-    samples: Sequence[Sample],
+    samples: Callable[[], Sequence[Sample]],
     variant: Variant,
     seed: int,
     *,
@@ -638,7 +638,7 @@ def measure_variant(
     def measure_all() -> Measured:
         if not variant.is_fitted:
             return measure(vlm, sizes, has_retrieval=True) | measure_spelled(vlm, sizes)
-        method = fit(vlm, samples, variant, seed, sizes=sizes, work=folders.work)
+        method = fit(vlm, samples(), variant, seed, sizes=sizes, work=folders.work)
         with method.apply(vlm):
             found = measure(vlm, sizes, has_retrieval=is_first and variant.is_main)
             if method.config.is_language_model_trained:
