@@ -155,7 +155,8 @@ def measure_plan(
 
     A product with a weight counts two operations per weight and token, its backward pass
     towards the input as many again, and towards a trained weight as many again; computing
-    layers again in the backward pass adds one forward pass. Attention scores are added.
+    layers again in the backward pass adds one forward pass, and a guide loss for the projector
+    alone another backward pass. Attention scores are added.
 
     Args:
         model: The model; its shapes and types are read, never its values.
