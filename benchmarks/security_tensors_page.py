@@ -118,7 +118,7 @@ def build_page(
             "",
             *_goal_lines(base, found),
         ],
-        "## Why the goals are missed": _limit_lines(base, facts["limits"]) or [""],
+        "## Why the goals are missed": _limit_lines(base, facts["told"], facts["spelled"]) or [""],
         "## The visual tensor": _visual_lines(base, found, facts["own"]) or [""],
         "## Both tensors: together or one after the other": [
             *_table(base, found, orders if ("both", HALF_NAME) in found else []),
@@ -260,12 +260,14 @@ class Told:
     """Share above the lowest threshold that keeps to the goal's budget of false refusals."""
 
 
-def measure_limits(base: Mapping[str, Any], limits: Mapping[str, Any]) -> list[Told]:
+def measure_limits(
+    base: Mapping[str, Any], scores: Mapping[str, Sequence[Sequence[Any]]]
+) -> list[Told]:
     """Say how much harm there is to be told in what the language model reads."""
     budget = _budget(base)
     found = []
     for name in SCORED_BY:
-        rows = limits["scores"][name]
+        rows = scores[name]
         harmless = [row for row in rows if row[0] == LIMIT_PARTS[2]]
         threshold = find_threshold([row[2] for row in harmless], budget)
         for part in LIMIT_PARTS[:2]:
@@ -284,18 +286,20 @@ def _budget(base: Mapping[str, Any]) -> float:
     return pooled([base], *METRICS[3]).value + GOALS["false refusals"]
 
 
-def _limit_lines(base: Mapping[str, Any], limits: Mapping[str, Any]) -> list[str]:
+def _limit_lines(
+    base: Mapping[str, Any], found: Sequence[Told], answers: Mapping[str, Sequence[Any]]
+) -> list[str]:
     """Say where the harm gets lost, and that the threshold is not what is missing."""
-    if not limits:
+    if not found:
         return []
     lines = [
         "| scored by | pictures | area | above |",
         "|---|---|---|---|",
     ]
-    for told in measure_limits(base, limits):
+    for told in found:
         area = f"{told.area.value:.2f} [{told.area.low:.2f}, {told.area.high:.2f}]"
         lines.append(f"| {SCORED_BY[told.name]} | {told.part} | {area} | {told.above} |")
-    spelled = {part: measure_rows(limits["spelled"][part]) for part in LIMIT_PARTS}
+    spelled = {part: measure_rows(answers[part]) for part in LIMIT_PARTS}
     text = (
         "How well harmful pictures can be told from harmless ones with the same wordings, first "
         "seed: by the odds of a refusal's first word, without and with the textual tensor, and by "

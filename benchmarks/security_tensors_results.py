@@ -143,17 +143,18 @@ def settings(sizes: Sizes) -> list[Setting]:
         replace(row, name=name, config=replace(row.config, **change))
         for row, name, change in changes
     ]
-    sizes_tried = [size for size in SIZES if size < HALF * sizes.fit_harmful]
-    few = [(textual, size) for size in sizes_tried] + [(visual, size) for size in sizes_tried[:1]]
-    rows += [
-        replace(row, name=f"samples={size}", share=size / sizes.fit_harmful) for row, size in few
+    tried = [size for size in SIZES if size < HALF * sizes.fit_harmful]
+    few = [
+        replace(row, name=f"samples={size}", share=size / sizes.fit_harmful)
+        for row, size in [*((textual, size) for size in tried), *((visual, s) for s in tried[:1])]
     ]
-    long = replace(visual.config, epochs=LONG_EPOCHS, patience=LONG_EPOCHS)
-    return rows + [
-        replace(row, name=f"{row.name},epochs={LONG_EPOCHS}", config=long)
-        for row in rows[len(rows) - len(few) :]
+    config = replace(visual.config, epochs=LONG_EPOCHS, patience=LONG_EPOCHS)
+    long = [
+        replace(row, name=f"{row.name},epochs={LONG_EPOCHS}", config=config)
+        for row in few
         if row.variant == "visual"
     ]
+    return rows + few + long
 
 
 class Laboratory:
@@ -428,20 +429,18 @@ def build_records(
             yield _record(key, metric, part, pooled(cells, metric, part), seeds.get(key, ()))
 
 
-def build_limit_records(
-    base: Mapping[str, Any], facts: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
+def build_limit_records(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the records of what could be reached, and of tensors for one picture."""
-    limits, own = facts["limits"], facts["own"]
-    for told in measure_limits(base, limits) if limits else ():
+    first, own = facts["seeds"][:1], facts["own"]
+    for told in facts["told"]:
         key = (told.name, FULL_NAME)
-        yield _record(key, "separation", told.part, told.area, [0])
-        yield _record(key, "harmless_rate_in_budget", told.part, told.above, [0])
-    for name, rows in limits.get("spelled", {}).items():
-        yield _record(("spelled", FULL_NAME), *name.split("/"), measure_rows(rows), [0])
+        yield _record(key, "separation", told.part, told.area, first)
+        yield _record(key, "harmless_rate_in_budget", told.part, told.above, first)
+    for name, rows in facts["spelled"].items():
+        yield _record(("spelled", FULL_NAME), *name.split("/"), measure_rows(rows), [])
     if own:
         rows = [[each["id"], each["concept"], each["is_refused"]] for each in own]
-        yield _record(("visual", "one picture"), "harmless_rate", "fit", measure_rows(rows), [0])
+        yield _record(("visual", "one picture"), "harmless_rate", "fit", measure_rows(rows), first)
 
 
 def _record(
@@ -541,6 +540,11 @@ def main() -> None:
         for row in rows:
             if seed in seeds[row.key]:
                 found[row.key].append(laboratory.measure(row, seed))
+    # What limits the tensors is asked of the results, not of every trial.
+    first, asked = arguments.seeds[0], rows if arguments.split == "test" else []
+    full = next((row for row in asked if row.key == ("textual", FULL_NAME)), None)
+    limits = laboratory.limits(full, first) if full else None
+    has_visual = any(row.variant == "visual" for row in asked)
     facts = {
         "command": describe_command(leave_out=("--work", "--outcomes", "--out")),
         "model": laboratory.vlm.name,
@@ -553,14 +557,15 @@ def main() -> None:
             f"{row.variant}/{row.name}" for row in settings(sizes) if row.key not in found
         ],
         "split": arguments.split,
-        "limits": laboratory.limits(rows[0], 0) if rows[0].key == ("textual", FULL_NAME) else {},
-        "own": laboratory.own(0) if any(row.variant == "visual" for row in rows) else [],
+        "told": measure_limits(base, limits["scores"]) if limits else [],
+        "spelled": limits["spelled"] if limits else {},
+        "own": laboratory.own(first) if has_visual else [],
         "separability": {
             seed: laboratory.separability(seed) for seed in sorted({*arguments.seeds, *study_seeds})
         },
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = [*build_records(base, found, seeds), *build_limit_records(base, facts)]
+    records = [*build_records(base, found, seeds), *build_limit_records(facts)]
     write(arguments.out / f"{STEM}.json", json.dumps(records, indent=1) + "\n")
     write(arguments.out / f"{STEM}.md", build_page(base, found, facts))
     print(f"{len(records)} records: {arguments.out / STEM}.md, .json")

@@ -186,12 +186,20 @@ def render_short(records: Sequence[Row]) -> list[str]:
             f"cosine and refusal {value} [{low}, {high}], as the paper's explanation has it. What "
             "raises the raw cosine alone does not help (*What the loss moves*)."
         )
-    spelled = find(records, "centred", "spelled_over_refusal_rate")
-    if spelled:
+    over_refused = {
+        words: [find(records, name, metric) for name in ("start", "plain", "centred")]
+        for metric, words in (
+            ("spelled_over_refusal_rate", "with the name of the thing in the picture's place"),
+            ("text_over_refusal_rate", "wholly in text"),
+        )
+    }
+    if all(all(found) for found in over_refused.values()):
+        parts = [f"{words} {' / '.join(map(cell, found))}" for words, found in over_refused.items()]
         lines.append(
-            "- Why over-refusal rises: told the name in the picture's place, the `centred` model "
-            f"refuses {cell(spelled)} of the harmless requests as well. What is carried over is "
-            "text safety as it is, with its over-refusal."
+            "- Where over-refusal comes from: harmless requests are refused before alignment / "
+            f"after plain / after `centred`, {'; '.join(parts)}. What is refused with the name "
+            "written needs no reading of a picture: it is the over-refusal of text safety, which "
+            "comes over with the rest. What rises in text besides is new."
         )
     return ["", "## In short", "", *lines] if lines else []
 
